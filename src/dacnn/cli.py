@@ -1,0 +1,370 @@
+"""The command line: it composes what stands above it and has no logic of its own.
+
+Nothing that imports torch is imported before a command needs it, so that `dacnn --help` answers at once.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from dacnn import __version__
+from dacnn.config import DataConfig, NetworkConfig, TrainingConfig, read_config
+from dacnn.errors import ConfigError, DacnnError
+
+if TYPE_CHECKING:
+    from dacnn.networks.plan import Plan
+
+
+def _spelled(kind: Any) -> str:
+    """What stands for a value of the annotated type `kind` in --help."""
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "|".join(choices)
+    if typing.get_origin(kind) is tuple:
+        return "INT ..."
+    inner = [choice for choice in choices if choice is not type(None)]
+    return _spelled(inner[0]) if inner else "TRUE|FALSE" if kind is bool else kind.__name__.upper()
+
+
+def _optional(kind: type, *, without: frozenset[str] = frozenset()) -> list[tuple[str, Any, None]]:
+    """The fields of a config as optional flags: None leaves the recipe's value."""
+    return [
+        (item.name, Annotated[item.type | None, arg(help=item.metadata["help"], metavar=_spelled(item.type), help_behavior_hint="")], None)
+        for item in dataclasses.fields(kind)
+        if item.name not in without
+    ]
+
+
+NetworkFlags = dataclasses.make_dataclass("NetworkFlags", _optional(NetworkConfig, without=frozenset({"name"})), frozen=True)
+DataFlags = dataclasses.make_dataclass("DataFlags", _optional(DataConfig, without=frozenset({"source"})), frozen=True)
+TrainingFlags = dataclasses.make_dataclass("TrainingFlags", _optional(TrainingConfig), frozen=True)
+for _flags in (NetworkFlags, DataFlags, TrainingFlags):
+    # the heading of the group in --help, instead of the generated signature
+    _flags.__doc__ = "Over the recipe's values."
+
+NetworkName = Annotated[str | None, arg(help="network of the zoo: see `dacnn models`", metavar="NAME", help_behavior_hint="")]
+RunPath = Annotated[Path, arg(help="run directory, or a .safetensors file", metavar="RUN", help_behavior_hint="")]
+Source = Annotated[str | None, arg(help="digits, cifar10, cifar100, svhn, a hub data set, or a local folder or archive", metavar="SOURCE", help_behavior_hint="")]
+Json = Annotated[bool, arg(help="print one JSON object on standard output", help_behavior_hint="")]
+
+
+def _given(*flags: object) -> dict[str, Any]:
+    """The flags that were given."""
+    pairs = ((item.name, getattr(group, item.name)) for group in flags for item in dataclasses.fields(group))  # type: ignore[arg-type]
+    return {name: value for name, value in pairs if value is not None}
+
+
+def _print_json(content: object) -> None:
+    print(json.dumps(content, indent=2, default=str, ensure_ascii=False))
+
+
+def train(
+    network: Positional[NetworkName] = None,
+    /,
+    *,
+    data: Source = None,
+    recipe: Annotated[str | None, arg(help="digits, fast, paper, or a TOML file", metavar="RECIPE", help_behavior_hint="")] = None,
+    out: Annotated[Path | None, arg(help="run directory (default: a new one under runs/)", metavar="RUN", help_behavior_hint="")] = None,
+    resume: Annotated[bool, arg(help="go on with the run in --out where it stopped", help_behavior_hint="")] = False,
+    json: Json = False,
+    network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
+    data_settings: OmitArgPrefixes[DataFlags] = DataFlags(),  # type: ignore[valid-type]  # noqa: B008
+    training_settings: OmitArgPrefixes[TrainingFlags] = TrainingFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Train a network on images, into a run directory. Without any argument: dacnn14 on handwritten digits.
+
+    Example: dacnn train dacnn14 --data cifar10 --recipe fast --width 64 --epochs 8 --out runs/first
+    """
+    from dacnn.measure.count import count
+    from dacnn.progress import TrainingProgress
+    from dacnn.training.run import train as train_run
+
+    listener = TrainingProgress()
+    try:
+        result = train_run(
+            network,
+            data=data,
+            recipe=recipe,
+            out=out,
+            resume=resume,
+            listener=listener,
+            **_given(network_settings, data_settings, training_settings),
+        )
+    finally:
+        listener.close()
+    weights = result.weights
+    table = {
+        "run": str(result.run),
+        "weights": str(weights),
+        "weights_bytes": weights.stat().st_size,
+        **{f"best_{name}": value for name, value in result.best.to_table().items()},
+        **count(result.network).to_table(),
+    }
+    if json:
+        _print_json(table | {"epochs": [record.to_table() for record in result.records]})
+        return
+    validation = result.best.validation_top1
+    print(f"run               {result.run}")
+    if validation is not None:
+        print(f"validation top-1  {validation:.2%} (epoch {result.best.epoch})")
+    print(f"parameters        {table['stored_parameters']:,} stored, {table['used_parameters']:,} used")
+    print(f"weights           {weights} ({table['weights_bytes']:,} bytes)")
+    print(f"next              dacnn eval {result.run}")
+
+
+def eval(
+    run: Positional[RunPath],
+    /,
+    *,
+    data: Source = None,
+    png: Annotated[Path | None, arg(help="draw the confusion matrix into this file", metavar="FILE", help_behavior_hint="")] = None,
+    json: Json = False,
+    data_settings: OmitArgPrefixes[DataFlags] = DataFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Measure a trained network on the test images of its data set, or of another: top-1, top-5, loss, every class.
+
+    Example: dacnn eval runs/first --png confusion.png
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from dacnn.checkpoint import load
+    from dacnn.data.sources import load_test
+    from dacnn.draw import draw_confusion
+    from dacnn.measure.count import count
+    from dacnn.progress import bar
+    from dacnn.training.evaluate import evaluate
+
+    network = load(run)
+    recorded = (run if run.is_dir() else run.parent) / "config.toml"
+    if data is None and not recorded.is_file():
+        raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --data")
+    config = read_config(recorded).data if recorded.is_file() else DataConfig()
+    config = dataclasses.replace(config, **({"source": data} if data else {}), **_given(data_settings))
+    with bar("loading") as tick:
+        images = load_test(config, network.plan.input, network.plan.classes, progress=lambda what, done, total: tick(done, total))
+    with bar("evaluating") as tick:
+        result = evaluate(network, images, tick=tick)
+    if png:
+        draw_confusion(result, png)
+    if json:
+        _print_json(
+            {
+                "data": config.source,
+                "images": result.images,
+                "top1": result.top1,
+                "top5": result.top5,
+                "loss": result.loss,
+                "per_class": result.per_class(),
+                "confusion": result.confusion.tolist(),
+                **count(network).to_table(),
+            }
+        )
+        return
+    table = Table("class", "images", "recall", "precision", title=f"{config.source}: {result.images:,} test images", title_justify="left")
+    for row in result.per_class():
+        shares = ["-" if row[name] is None else f"{row[name]:.2%}" for name in ("recall", "precision")]
+        table.add_row(row["class"], f"{row['images']:,}", *shares)
+    console = Console()
+    console.print(table)
+    console.print(f"top-1 {result.top1:.2%}   top-5 {result.top5:.2%}   loss {result.loss:.4f}", highlight=False)
+
+
+def predict(
+    run: Positional[RunPath],
+    images: Positional[Annotated[tuple[Path, ...], arg(help="image files, and folders of them", metavar="IMAGE", help_behavior_hint="")]],
+    /,
+    *,
+    top: Annotated[int, arg(help="how many classes to name for each image")] = 3,
+    json: Json = False,
+) -> None:
+    """Classify image files: the likeliest classes and their probabilities.
+
+    Example: dacnn predict runs/first photo.jpg holiday/
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from dacnn.checkpoint import load
+    from dacnn.predict import predict as predict_images
+    from dacnn.progress import bar
+
+    if not images:
+        raise ConfigError("no images: name one or more files or folders")
+    if top < 1:
+        raise ConfigError(f"--top is {top}: expected 1 or more")
+    with bar("classifying") as tick:
+        predictions = predict_images(load(run), images, top=top, tick=tick)
+    if json:
+        _print_json(
+            [
+                {
+                    "path": str(prediction.path),
+                    "class": prediction.classes[0],
+                    "probabilities": dict(zip(prediction.classes, prediction.probabilities, strict=True)),
+                }
+                for prediction in predictions
+            ]
+        )
+        return
+    table = Table("image", "class", "probability", "then")
+    for prediction in predictions:
+        pairs = list(zip(prediction.classes, prediction.probabilities, strict=True))
+        then = ", ".join(f"{name} {probability:.1%}" for name, probability in pairs[1:])
+        table.add_row(str(prediction.path), pairs[0][0], f"{pairs[0][1]:.1%}", then)
+    Console().print(table)
+
+
+def models(
+    *,
+    classes: Annotated[int, arg(help="number of classes")] = 100,
+    json: Json = False,
+) -> None:
+    """List the networks of the zoo: what they store, what they use, what they compute.
+
+    Example: dacnn models --classes 10
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from dacnn.measure.count import count
+    from dacnn.networks.zoo import DESIGNS
+
+    rows = []
+    for name, design in DESIGNS.items():
+        plan = _plan(NetworkConfig(name), classes, 3, 32)
+        regulator = design.regulator.kind if design.regulator else None
+        rows.append(
+            {
+                "name": name,
+                "topology": design.topology,
+                "depths": design.depths,
+                "widths": design.widths,
+                "sharing": design.sharing,
+                "regulator": regulator,
+                **count(plan).to_table(),
+            }
+        )
+    if json:
+        _print_json(rows)
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{classes} classes, 3 x 32 x 32", title_justify="left")
+    for heading in ("name", "topology", "depths", "widths"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("stored", "used", "MACs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        words = [row["name"], row["topology"], "-".join(map(str, row["depths"])), "-".join(map(str, dict.fromkeys(row["widths"])))]
+        table.add_row(*words, f"{row['stored_parameters']:,}", f"{row['used_parameters']:,}", f"{row['macs'] / 1e6:,.0f} M")
+    Console().print(table)
+
+
+def show(
+    network: Positional[Annotated[str, arg(help="network of the zoo, run directory or .safetensors file", metavar="NAME", help_behavior_hint="")]],
+    /,
+    *,
+    classes: Annotated[int, arg(help="number of classes, for a network of the zoo")] = 100,
+    in_channels: Annotated[int, arg(help="channels of an image, for a network of the zoo")] = 3,
+    size: Annotated[int, arg(help="side of an image in pixels, for a network of the zoo")] = 32,
+    png: Annotated[Path | None, arg(help="draw the plan into this file", metavar="FILE", help_behavior_hint="")] = None,
+    json: Json = False,
+    network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Show a network's plan: who reads which kernel, parameters stored against used, multiply-adds.
+
+    Example: dacnn show dacnn18-mix-reg --png plan.png
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from dacnn.checkpoint import load
+    from dacnn.draw import draw_plan
+    from dacnn.measure.count import count
+    from dacnn.networks.zoo import DESIGNS
+
+    given = _given(network_settings)
+    if network in DESIGNS or not Path(network).exists():
+        plan = _plan(NetworkConfig(network, **given), classes, in_channels, size)
+    elif given:
+        raise ConfigError(f"{network} is a trained network: it takes no {', '.join('--' + name.replace('_', '-') for name in given)}")
+    else:
+        plan = load(network).plan
+    counts = count(plan)
+    if png:
+        draw_plan(plan, png)
+    if json:
+        readers = {name: [layer.name for layer in layers] for name, layers in plan.readers().items()}
+        _print_json({"plan": _plain(plan), "readers": readers, **counts.to_table()})
+        return
+    table = Table("kernel", "shape", title=plan.name, title_justify="left")
+    table.add_column("parameters", justify="right")
+    table.add_column("readers", justify="right")
+    table.add_column("read by")
+    for name, layers in plan.readers().items():
+        shape = layers[0].kernel_shape
+        kinds = sorted({layer.regulator.kind for layer in layers if layer.regulator})
+        behind = f"  (+ {', '.join(kinds)})" if kinds else ""
+        size_of_kernel = f"{shape[0] * shape[1] * shape[2] * shape[3]:,}"
+        table.add_row(name, "x".join(map(str, shape)), size_of_kernel, str(len(layers)), ", ".join(layer.name for layer in layers) + behind)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{counts.stored_parameters:,} parameters stored, {counts.used_parameters:,} used "
+        f"({counts.used_parameters / counts.stored_parameters:.1f}x), {counts.macs / 1e6:,.1f} M multiply-adds an image, "
+        f"{counts.stored_bytes:,} bytes in float32",
+        highlight=False,
+    )
+
+
+def _plan(config: NetworkConfig, classes: int, channels: int, size: int) -> "Plan":
+    """The plan of a network that has no data set yet."""
+    from dacnn.networks.plan import Input
+    from dacnn.networks.zoo import plan_of
+
+    input = Input(size, size, channels, mean=(0.5,) * channels, std=(0.25,) * channels)
+    return plan_of(config, input, tuple(map(str, range(classes))))
+
+
+def _plain(plan: "Plan") -> object:
+    return json.loads(plan.to_json())
+
+
+_COMMANDS = {"train": train, "eval": eval, "predict": predict, "models": models, "show": show}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a refusal is one line on standard error and exit status 2.
+
+    Args:
+        arguments: The words behind `dacnn`; None: those of this process.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if words == ["--version"]:
+        print(f"dacnn {__version__}")
+        return
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            _COMMANDS,
+            prog="dacnn",
+            description="Anchored convolutional networks: many layers read one kernel, and it is stored once.",
+            args=words,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except DacnnError as error:
+        print(f"dacnn: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("dacnn: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # the reader of our output (`| head`) has gone; nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

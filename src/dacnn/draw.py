@@ -1,0 +1,120 @@
+"""Pictures: who reads which kernel, and what is taken for what."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+from dacnn.checkpoint import replacing
+from dacnn.errors import ConfigError
+from dacnn.networks.plan import Layer, Plan
+from dacnn.training.evaluate import Evaluation
+
+_FORMATS = ("png", "svg", "pdf")
+_OWN = "#d9d9d9"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    ending = path.suffix.lower().removeprefix(".")
+    if ending not in _FORMATS:
+        raise ConfigError(f"{path}: a picture ends in one of {', '.join('.' + ending for ending in _FORMATS)}")
+    with replacing(path) as beside:
+        figure.savefig(beside, format=ending, dpi=150, bbox_inches="tight")
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Draw a plan: its layers from left to right, a row a stage, each in the colour of the kernel it reads.
+
+    Args:
+        plan: The plan.
+        path: The picture, `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        ConfigError: The ending is another one.
+        CheckpointError: The file cannot be written.
+    """
+    shared = [name for name, readers in plan.readers().items() if len(readers) > 1]
+    palette = colormaps["tab10"]
+    colours = {name: palette(index % 10) for index, name in enumerate(shared)}
+    rows: list[tuple[str, list[list[Layer]]]] = [("stem", [[plan.stem]])]
+    side = plan.input.height
+    for index, stage in enumerate(plan.stages):
+        blocks = [[*block.layers, *([block.shortcut] if block.shortcut else [])] for block in stage.blocks]
+        rows.append((f"stage {index}\n{side}x{side * plan.input.width // plan.input.height}", blocks))
+        side //= 2 if stage.pool else 1
+    columns = max(sum(len(block) for block in blocks) + 0.3 * (len(blocks) - 1) for _, blocks in rows)
+    anchors_x = columns + 1.2
+    figure = Figure(figsize=(1.1 + 0.62 * (columns + 3.2), 0.8 + 0.72 * max(len(rows), len(shared) + 1)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    height = len(rows)
+    anchor_y = {name: (height - 1) * (1 - (index + 0.5) / max(len(shared), 1)) for index, name in enumerate(shared)}
+    for row, (label, blocks) in enumerate(rows):
+        y = height - 1 - row
+        axes.text(-0.3, y, label, ha="right", va="center", fontsize=9)
+        x = 0.0
+        for block in blocks:
+            for layer in block:
+                _draw_layer(axes, layer, x, y, colours.get(layer.kernel, _OWN))
+                if layer.kernel in anchor_y:
+                    # from the owner to the reader: the kernel itself stands in one place
+                    axes.plot(
+                        [anchors_x, x + 0.82], [anchor_y[layer.kernel], y], color=colours[layer.kernel], lw=0.7, alpha=0.35, zorder=0
+                    )
+                x += 1
+            x += 0.3
+    for name, y in anchor_y.items():
+        shape = plan.kernels()[name]
+        axes.add_patch(FancyBboxPatch((anchors_x, y - 0.33), 1.7, 0.66, boxstyle="round,pad=0.05", color=colours[name]))
+        text = f"{name}\n{'x'.join(map(str, shape))}\n{len(plan.readers()[name])} readers"
+        axes.text(anchors_x + 0.85, y, text, ha="center", va="center", fontsize=7.5, color="white")
+    axes.set_title(f"{plan.name}: {sum(1 for _ in plan.layers())} convolutions, {len(plan.kernels())} kernels", fontsize=11)
+    axes.set_xlim(-1.6, anchors_x + 2.2)
+    axes.set_ylim(-0.7, height - 0.3)
+    _save(figure, path)
+
+
+def _draw_layer(axes: object, layer: Layer, x: float, y: float, colour: object) -> None:
+    """One convolution; a dark edge and a letter mark a regulator."""
+    regulated = layer.regulator is not None
+    box = FancyBboxPatch(
+        (x, y - 0.28), 0.74, 0.56, boxstyle="round,pad=0.04", facecolor=colour, edgecolor="black" if regulated else "white", lw=1.2
+    )
+    axes.add_patch(box)  # type: ignore[attr-defined]
+    text = f"{layer.in_channels}\n→{layer.out_channels}" + (f"\n+{layer.regulator.kind}" if layer.regulator else "")
+    size = 6 if regulated else 7
+    axes.text(x + 0.37, y, text, ha="center", va="center", fontsize=size, color="black" if colour == _OWN else "white")  # type: ignore[attr-defined]
+
+
+def draw_confusion(evaluation: Evaluation, path: Path) -> None:
+    """Draw a confusion matrix: rows the true classes, columns the guesses, shares of each row.
+
+    Args:
+        evaluation: The measurement.
+        path: The picture, `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        ConfigError: The ending is another one.
+        CheckpointError: The file cannot be written.
+    """
+    counts = evaluation.confusion.numpy()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    classes = len(evaluation.classes)
+    side = max(4.0, min(0.42 * classes, 14.0))
+    figure = Figure(figsize=(side + 1.6, side + 0.8))
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046, pad=0.04)
+    size = 9 if classes <= 20 else max(2.5, 200 / classes)
+    axes.set_xticks(range(classes), evaluation.classes, rotation=90, fontsize=size)
+    axes.set_yticks(range(classes), evaluation.classes, fontsize=size)
+    axes.set_xlabel("guess")
+    axes.set_ylabel("true class")
+    axes.set_title(f"top-1 {evaluation.top1:.2%} of {evaluation.images:,} images")
+    if classes <= 20:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=colour)
+    _save(figure, path)

@@ -1,0 +1,179 @@
+"""A Plan -> nn.Module. Chain and residual networks, shared and unshared, are one class: the plan tells them apart."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dacnn.config import NetworkConfig
+from dacnn.errors import ShapeError
+from dacnn.networks.normalize import Normalize
+from dacnn.networks.plan import Block, Input, Layer, Plan
+from dacnn.networks.zoo import plan_of
+from dacnn.sharing.anchors import Anchors
+from dacnn.sharing.layers import Reader
+from dacnn.sharing.regulators import make_regulator
+
+# N images, C channels, H rows, W columns, K classes
+
+
+def _reader(layer: Layer) -> Reader:
+    regulator = layer.regulator
+    if regulator is None:
+        return Reader(layer.out_channels)
+    return Reader(layer.out_channels, make_regulator(regulator.kind, layer.out_channels, regulator.rank), regulator.place)
+
+
+class PlannedBlock(nn.Module):
+    """The readers of one block of a plan."""
+
+    def __init__(self, block: Block) -> None:
+        """Make the readers of `block`."""
+        super().__init__()
+        self.readers = nn.ModuleList([_reader(layer) for layer in block.layers])
+        self.kernels = [layer.kernel for layer in block.layers]
+        self.residual = block.residual
+        self.shortcut = _reader(block.shortcut) if block.shortcut else None
+        self.shortcut_kernel = block.shortcut.kernel if block.shortcut else ""
+        if block.residual:
+            # a residual block starts as the identity, so that a network of any depth can begin to learn
+            # (Goyal et al., arXiv:1706.02677, section 5.1)
+            nn.init.zeros_(self.readers[-1].norm.weight)
+
+    def forward(self, x: Tensor, anchors: Anchors) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: Shape (N, C, H, W).
+            anchors: The kernels of the whole network.
+
+        Returns:
+            Shape (N, C', H, W).
+        """
+        before = x if self.shortcut is None else self.shortcut(x, anchors[self.shortcut_kernel])
+        last = len(self.readers) - 1
+        for index, (reader, kernel) in enumerate(zip(self.readers, self.kernels, strict=True)):
+            x = reader(x, anchors[kernel])
+            if index == last and self.residual:
+                x = x + before
+            x = F.relu(x)
+        return x
+
+
+class Network(nn.Module):
+    """An anchored network: `anchors` owns the kernels, everything else reads them.
+
+    Attributes:
+        plan: What the network was built from.
+        anchors: The kernels, each stored once.
+    """
+
+    def __init__(self, plan: Plan, generator: torch.Generator | None = None) -> None:
+        """Build a plan.
+
+        Args:
+            plan: The plan.
+            generator: Source of the start values; None is PyTorch's global one.
+        """
+        super().__init__()
+        self.plan = plan
+        self.normalize = Normalize(plan.input)
+        self.anchors = Anchors(plan.kernels())
+        self.stem = _reader(plan.stem)
+        self.stages = nn.ModuleList([nn.ModuleList([PlannedBlock(block) for block in stage.blocks]) for stage in plan.stages])
+        self.classifier = nn.Linear(plan.features, len(plan.classes))
+        self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw kernels, low-rank regulators and the linear layer anew.
+
+        Args:
+            generator: Source of the random numbers; None is PyTorch's global one.
+        """
+        chained = [layer for stage in self.plan.stages for block in stage.blocks if not block.residual for layer in block.layers]
+        square = {layer.kernel for layer in chained if layer.in_channels == layer.out_channels}
+        self.anchors.reset_parameters(generator, near_identity=square)
+        nn.init.kaiming_uniform_(self.classifier.weight, a=5**0.5, generator=generator)
+        nn.init.zeros_(self.classifier.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("regulator.down.weight"):
+                nn.init.kaiming_uniform_(parameter, a=5**0.5, generator=generator)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Parameters stay contiguous whatever memory format is asked for: what is saved is the same bytes, safetensors
+        # takes it, and a convolution follows the format of its input anyway.
+        return super()._apply(lambda tensor: fn(tensor).contiguous(), recurse)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: uint8 of shape (N, H, W, C), or already normalised floats of shape (N, C, H, W). Any H and W of at
+                least `plan.smallest_side`.
+
+        Returns:
+            Logits, shape (N, K).
+
+        Raises:
+            ShapeError: The images have another shape.
+        """
+        x = self.normalize(images) if images.dtype == torch.uint8 else images
+        if x.ndim != 4 or x.shape[1] != self.plan.input.channels or min(x.shape[2:]) < self.plan.smallest_side:
+            raise ShapeError(
+                f"images have shape {tuple(images.shape)}: expected N x {self.plan.input.channels} x H x W (or uint8, "
+                f"N x H x W x {self.plan.input.channels}) of at least {self.plan.smallest_side} pixels a side"
+            )
+        x = F.relu(self.stem(x, self.anchors[self.plan.stem.kernel]))
+        for stage, blocks in zip(self.plan.stages, self.stages, strict=True):
+            for block in blocks:  # type: ignore[attr-defined]
+                x = block(x, self.anchors)
+            if stage.pool:
+                x = F.max_pool2d(x, 2)
+        logits: Tensor = self.classifier(x.mean(dim=(2, 3)))
+        return logits
+
+
+def create(
+    network: str | Plan | NetworkConfig,
+    *,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    seed: int | None = None,
+    **changes: object,
+) -> Network:
+    """Make a network by name, or from a plan.
+
+    Args:
+        network: A name of the zoo (`dacnn models` lists them), a config, or a Plan.
+        num_classes: Number of classes K; a plan knows its own.
+        in_channels: Channels of an input image; a plan knows its own.
+        seed: Seed of the start values; None draws from PyTorch's global generator.
+        **changes: Fields of `NetworkConfig`: `width`, `depths`, `sharing`, `regulator`, ...
+
+    Returns:
+        The network, in training mode.
+
+    Raises:
+        UnknownNameError: The zoo has no such network.
+        ConfigError: A change does not fit it.
+        PlanError: The plan cannot be built.
+
+    Example:
+        >>> import dacnn
+        >>> network = dacnn.create("dacnn14", num_classes=100)
+        >>> sum(parameter.numel() for parameter in network.parameters())
+        167140
+    """
+    if not isinstance(network, Plan):
+        table = network.to_table() if isinstance(network, NetworkConfig) else {"name": network}
+        config = NetworkConfig.from_table(table | {name: list(v) if isinstance(v, tuple) else v for name, v in changes.items()}, "create")
+        if num_classes < 1 or in_channels < 1:
+            raise ShapeError(f"num_classes is {num_classes} and in_channels {in_channels}: expected 1 or more of each")
+        input = Input(channels=in_channels, mean=(0.5,) * in_channels, std=(0.25,) * in_channels)
+        network = plan_of(config, input, tuple(map(str, range(num_classes))))
+    elif changes:
+        raise ShapeError(f"a plan takes no changes, got {', '.join(changes)}: change the plan")
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return Network(network, generator)

@@ -1,0 +1,296 @@
+"""The Plan: which layer reads which kernel, every width, every regulator, the input and the classes. Pure data.
+
+A plan is a value: it can be printed, compared, stored in a checkpoint and drawn. A network is built from it, and
+whatever runs the network elsewhere is built from it too.
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from dacnn.config import Fit, RegulatorPlace
+from dacnn.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a network takes: uint8 images, N x H x W x C, and how they are brought to its first layer.
+
+    Attributes:
+        height: Rows of an image.
+        width: Columns of an image.
+        channels: 1 (grey) or 3 (red, green, blue), or what the user feeds.
+        mean: Mean of each channel, on the scale 0 to 1.
+        std: Standard deviation of each channel, on the scale 0 to 1.
+        fit: How an image of another size is brought to this one: `crop` scales the shorter side and cuts the
+            middle out, `pad` scales the longer side and fills with black, `stretch` scales both.
+    """
+
+    height: int = 32
+    width: int = 32
+    channels: int = 3
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    fit: Fit = "crop"
+
+    def __post_init__(self) -> None:
+        """Check that the statistics fit the channels."""
+        if min(self.height, self.width, self.channels) < 1:
+            raise PlanError(f"input is {self.height}x{self.width} with {self.channels} channels: expected 1 or more of each")
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise PlanError(
+                f"input has {self.channels} channels, {len(self.mean)} means and {len(self.std)} standard deviations: "
+                "give one of each per channel"
+            )
+        if min(self.std) <= 0:
+            raise PlanError(f"input.std is {self.std}: expected positive numbers")
+
+
+@dataclass(frozen=True)
+class Regulator:
+    """A small module that lets the place where it stands deviate from the shared kernel.
+
+    Attributes:
+        kind: Name in the registry of `dacnn.sharing.regulators`.
+        place: Between the convolution and its norm, or behind the norm.
+        rank: Rank of a low-rank regulator, else None.
+    """
+
+    kind: str
+    place: RegulatorPlace = "before-norm"
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution with its norm: the kernel it reads, its channels, its regulator.
+
+    Attributes:
+        name: Unique in the plan.
+        kernel: The anchor it reads; layers that name the same one share it.
+        in_channels: Channels it takes.
+        out_channels: Channels it gives.
+        kernel_size: Side of the square kernel in pixels; odd, the image keeps its size.
+        regulator: What stands behind the convolution, if anything.
+    """
+
+    name: str
+    kernel: str
+    in_channels: int
+    out_channels: int
+    kernel_size: int = 3
+    regulator: Regulator | None = None
+
+    @property
+    def kernel_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the kernel it reads: output channels, input channels, rows, columns."""
+        return (self.out_channels, self.in_channels, self.kernel_size, self.kernel_size)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers in a row; a residual block adds its input, or what `shortcut` makes of it, before the last ReLU."""
+
+    layers: tuple[Layer, ...]
+    residual: bool = False
+    shortcut: Layer | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Blocks of one image size; `pool` halves the image behind them."""
+
+    blocks: tuple[Block, ...]
+    pool: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole network: stem, stages, global average pooling, one linear layer.
+
+    Attributes:
+        name: What to call it.
+        input: What it takes.
+        classes: Names of the classes it tells apart.
+        stem: The first convolution.
+        stages: What follows.
+    """
+
+    name: str
+    input: Input
+    classes: tuple[str, ...]
+    stem: Layer
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        """Check that the plan can be built.
+
+        Raises:
+            PlanError: Channels do not meet, or readers of one kernel disagree on its shape.
+        """
+        if not self.classes:
+            raise PlanError(f"plan '{self.name}' has no classes: expected 1 or more")
+        names = Counter(layer.name for layer in self.layers())
+        doubled = [name for name, times in names.items() if times > 1]
+        if doubled:
+            raise PlanError(f"plan '{self.name}' has several layers named '{doubled[0]}': give each its own name")
+        for layer in self.layers():
+            if min(layer.in_channels, layer.out_channels) < 1 or layer.kernel_size % 2 == 0:
+                raise PlanError(f"layer '{layer.name}' has shape {layer.kernel_shape}: expected channels of 1 or more, an odd size")
+        self._check_channels()
+        self.kernels()
+        if min(self.input.height, self.input.width) < self.smallest_side:
+            raise PlanError(
+                f"input of {self.input.height}x{self.input.width} is too small for plan '{self.name}', which halves it "
+                f"{self._pools()} times: expected at least {self.smallest_side} pixels a side"
+            )
+
+    def _check_channels(self) -> None:
+        """Walk the plan as an image would."""
+
+        def follow(layer: Layer, channels: int) -> int:
+            if layer.in_channels != channels:
+                raise PlanError(f"layer '{layer.name}' takes {layer.in_channels} channels, but what stands before it gives {channels}")
+            return layer.out_channels
+
+        channels = follow(self.stem, self.input.channels)
+        for block in (block for stage in self.stages for block in stage.blocks):
+            before = channels
+            for layer in block.layers:
+                channels = follow(layer, channels)
+            around = follow(block.shortcut, before) if block.shortcut else before
+            if block.residual and around != channels:
+                raise PlanError(f"block of '{block.layers[-1].name}' adds {around} channels to {channels}: give it a shortcut")
+
+    def _pools(self) -> int:
+        return sum(stage.pool for stage in self.stages)
+
+    @property
+    def smallest_side(self) -> int:
+        """Smallest side of an input image, in pixels: one that every pooling can halve."""
+        return int(2 ** self._pools())
+
+    def layers(self) -> Iterator[Layer]:
+        """All convolutions, in the order in which an image meets them."""
+        yield self.stem
+        for stage in self.stages:
+            for block in stage.blocks:
+                yield from block.layers
+                if block.shortcut:
+                    yield block.shortcut
+
+    @property
+    def features(self) -> int:
+        """Channels that reach the linear layer."""
+        blocks = [block for stage in self.stages for block in stage.blocks]
+        return blocks[-1].layers[-1].out_channels if blocks else self.stem.out_channels
+
+    def kernels(self) -> dict[str, tuple[int, int, int, int]]:
+        """The kernels that are stored, by name, with their shapes (output, input, rows, columns).
+
+        Raises:
+            PlanError: Readers of one kernel disagree on its shape.
+        """
+        owners: dict[str, Layer] = {}
+        for layer in self.layers():
+            first = owners.setdefault(layer.kernel, layer)
+            if first.kernel_shape != layer.kernel_shape:
+                raise PlanError(
+                    f"layer '{layer.name}' needs a kernel of {layer.kernel_shape}, but '{layer.kernel}' is {first.kernel_shape} "
+                    f"for '{first.name}': make it a transition, or give it its own kernel"
+                )
+        return {name: layer.kernel_shape for name, layer in owners.items()}
+
+    def readers(self) -> dict[str, list[Layer]]:
+        """For every kernel, the layers that read it."""
+        readers: dict[str, list[Layer]] = {}
+        for layer in self.layers():
+            readers.setdefault(layer.kernel, []).append(layer)
+        return readers
+
+    def unshared(self) -> Self:
+        """The twin of the same shape in which every layer owns its kernel; without regulators, which it has no use for."""
+
+        def own(layer: Layer) -> Layer:
+            return dataclasses.replace(layer, kernel=own_kernel(layer.name), regulator=None)
+
+        def twin(block: Block) -> Block:
+            return Block(tuple(map(own, block.layers)), block.residual, own(block.shortcut) if block.shortcut else None)
+
+        stages = tuple(Stage(tuple(map(twin, stage.blocks)), stage.pool) for stage in self.stages)
+        return dataclasses.replace(self, name=f"{self.name} unshared", stem=own(self.stem), stages=stages)
+
+    def for_data(self, input: Input, classes: tuple[str, ...]) -> Self:
+        """The same layers for another data set.
+
+        Args:
+            input: What the images are; as many channels as the stem takes.
+            classes: Names of the classes.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: The input does not fit the layers.
+        """
+        return dataclasses.replace(self, input=input, classes=classes)
+
+    def to_json(self) -> str:
+        """The plan as one line of JSON, keys sorted, defaults left out: equal plans give equal text."""
+        return json.dumps(_to_plain(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: The JSON.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: The text is no plan.
+        """
+        try:
+            return _from_plain(cls, json.loads(text))  # type: ignore[no-any-return]
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise PlanError(f"not a plan: {error}") from None
+
+
+def own_kernel(layer_name: str) -> str:
+    """Name of the kernel that only this layer reads (a parameter's name may hold no dot)."""
+    return layer_name.replace(".", "_")
+
+
+def _to_plain(value: Any) -> Any:
+    """Dataclasses to dicts without the fields at their defaults, tuples to lists."""
+    if dataclasses.is_dataclass(value):
+        pairs = ((item, getattr(value, item.name)) for item in dataclasses.fields(value))
+        return {item.name: _to_plain(content) for item, content in pairs if content != item.default}
+    return [_to_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+# the dataclass that each field holds, alone or in a tuple
+_NESTED = {"input": Input, "stem": Layer, "stages": Stage, "blocks": Block, "layers": Layer, "shortcut": Layer, "regulator": Regulator}
+_SCALARS = {str, int, bool}
+
+
+def _from_plain(kind: Any, table: Mapping[str, Any]) -> Any:
+    """The inverse of `_to_plain` for one dataclass; refuses values of another type than the field's."""
+    values: dict[str, Any] = {}
+    types = {item.name: item.type for item in dataclasses.fields(kind)}
+    for name, content in table.items():
+        if name not in types:
+            raise ValueError(f"{kind.__name__} has no field '{name}'")
+        if types[name] in _SCALARS and type(content) is not types[name]:
+            raise ValueError(f"{kind.__name__}.{name} is {content!r}")
+        nested = _NESTED.get(name)
+        if isinstance(content, list):
+            values[name] = tuple(_from_plain(nested, item) if nested else item for item in content)
+        else:
+            values[name] = _from_plain(nested, content) if nested and content is not None else content
+    return kind(**values)

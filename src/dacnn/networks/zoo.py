@@ -1,0 +1,186 @@
+"""The networks by name: those of the paper, their regulated and mixed forms, the unshared ones they are compared with.
+
+Source: Huang, Dwivedi, Roig, CVPR 2019 workshops, arXiv:1904.09764, and the model files its authors released.
+Deviations: every reader has its own norm, also in the chains of 3 to 11 layers.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from dacnn.config import NetworkConfig, RegulatorPlace, Sharing
+from dacnn.errors import ConfigError, UnknownNameError
+from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage, own_kernel
+
+
+@dataclass(frozen=True)
+class Design:
+    """The few words from which a plan of the zoo is spelled out.
+
+    Attributes:
+        topology: `chain`: convolutions one behind the other, a pooling behind each stage. `residual`: blocks of two
+            convolutions, a pooling between stages.
+        depths: Convolutions (chain; the first stage counts the stem) or blocks (residual) of each stage.
+        widths: Channels of each stage.
+        sharing: `all`: layers of equal shape read one kernel; `stage`: those of one stage do; `none`.
+            A stem, a layer that widens and a shortcut own their kernels.
+        regulator: What stands behind shared kernels.
+    """
+
+    topology: Literal["chain", "residual"]
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    sharing: Sharing = "all"
+    regulator: Regulator | None = None
+
+
+_PLAIN = (128,) * 5
+_MIX = (64, 128, 256, 512, 512)
+_POINTWISE = Regulator("pointwise")
+# the paper's place in the mix networks: behind the second norm of a block, before the addition
+_POINTWISE_BLOCK = Regulator("pointwise", "after-norm")
+
+DESIGNS: dict[str, Design] = {
+    "dacnn3": Design("chain", (2, 1), _PLAIN[:2]),
+    "dacnn5": Design("chain", (2, 1, 1, 1), _PLAIN[:4]),
+    "dacnn7": Design("chain", (2, 1, 2, 2), _PLAIN[:4]),
+    "dacnn9": Design("chain", (3, 2, 2, 2), _PLAIN[:4]),
+    "dacnn11": Design("chain", (3, 2, 3, 3), _PLAIN[:4]),
+    "dacnn14": Design("chain", (2, 2, 3, 3, 3), _PLAIN),
+    "dacnn18": Design("residual", (2, 2, 2, 2), _PLAIN[:4]),
+    "dacnn24": Design("residual", (2, 3, 4, 2), _PLAIN[:4]),
+    "dacnn34": Design("residual", (3, 4, 6, 3), _PLAIN[:4]),
+    "dacnn14-reg": Design("chain", (2, 2, 3, 3, 3), _PLAIN, regulator=_POINTWISE),
+    "dacnn18-reg": Design("residual", (2, 2, 2, 2), _PLAIN[:4], regulator=_POINTWISE),
+    "dacnn24-reg": Design("residual", (2, 3, 4, 2), _PLAIN[:4], regulator=_POINTWISE),
+    "dacnn34-reg": Design("residual", (3, 4, 6, 3), _PLAIN[:4], regulator=_POINTWISE),
+    "dacnn14-mix": Design("chain", (2, 2, 3, 3, 3), _MIX),
+    "dacnn18-mix": Design("residual", (2, 2, 2, 2), _MIX[:4]),
+    "dacnn34-mix": Design("residual", (3, 4, 6, 3), _MIX[:4]),
+    "dacnn18-mix-reg": Design("residual", (2, 2, 2, 2), _MIX[:4], regulator=_POINTWISE_BLOCK),
+    "dacnn34-mix-reg": Design("residual", (3, 4, 6, 3), _MIX[:4], regulator=_POINTWISE_BLOCK),
+    "vgg16": Design("chain", (2, 2, 3, 3, 3), _MIX, sharing="none"),
+    "resnet18": Design("residual", (2, 2, 2, 2), _MIX[:4], sharing="none"),
+    "resnet34": Design("residual", (3, 4, 6, 3), _MIX[:4], sharing="none"),
+}
+
+
+def design_of(config: NetworkConfig) -> Design:
+    """The design that a config names, with the config's changes.
+
+    Args:
+        config: The name and the changes.
+
+    Returns:
+        The changed design.
+
+    Raises:
+        UnknownNameError: The zoo has no such network.
+        ConfigError: A change does not fit the design.
+    """
+    if config.name not in DESIGNS:
+        raise UnknownNameError("network", config.name, DESIGNS)
+    design = DESIGNS[config.name]
+    depths = config.depths or design.depths
+    # more stages than the design has go on at its last width
+    widths = (design.widths + design.widths[-1:] * len(depths))[: len(depths)]
+    if config.width is not None:
+        scaled = [width * config.width / widths[0] for width in widths]
+        if any(width != int(width) for width in scaled):
+            raise ConfigError(f"network.width is {config.width}: the stages of '{config.name}' have widths {widths}, whose ratio it cannot keep")
+        widths = tuple(map(int, scaled))
+    if design.topology == "chain" and depths[0] < 1:
+        raise ConfigError("network.depths: a chain's first stage counts the stem: expected 1 or more")
+    return Design(design.topology, depths, widths, config.sharing or design.sharing, _regulator(config, design.regulator))
+
+
+def _regulator(config: NetworkConfig, designed: Regulator | None) -> Regulator | None:
+    kind = config.regulator or (designed.kind if designed else "none")
+    if kind == "none":
+        if config.regulator_place or config.regulator_rank:
+            raise ConfigError("network.regulator_place and regulator_rank need a network.regulator: name one, or leave them out")
+        return None
+    place = config.regulator_place or (designed.place if designed else "before-norm")
+    return Regulator(kind, place, config.regulator_rank or (designed.rank if designed else None))
+
+
+def spell(name: str, design: Design, input: Input, classes: tuple[str, ...]) -> Plan:
+    """Spell a design out into a plan.
+
+    Args:
+        name: The plan's name.
+        design: The design.
+        input: What the network takes.
+        classes: Names of the classes.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: The plan cannot exist, such as one that halves its input too often.
+    """
+    channels = design.widths[0]
+    stem = Layer("stem", "stem", input.channels, channels)
+    stages = []
+    for index, (depth, width) in enumerate(zip(design.depths, design.widths, strict=True)):
+        blocks: list[Block] = []
+        chain = design.topology == "chain"
+        for position in range(depth - (chain and index == 0)):
+            before = f"stage{index}." if chain else f"stage{index}.block{position}."
+            if chain:
+                blocks.append(Block((_layer(f"{before}conv{position}", channels, width, index, design.sharing),)))
+            else:
+                layers = (
+                    _layer(f"{before}conv0", channels, width, index, design.sharing),
+                    _layer(f"{before}conv1", width, width, index, design.sharing),
+                )
+                around = f"{before}shortcut"
+                shortcut = Layer(around, own_kernel(around), channels, width, kernel_size=1) if channels != width else None
+                blocks.append(Block(layers, residual=True, shortcut=shortcut))
+            channels = width
+        stages.append(Stage(tuple(blocks), pool=chain or index < len(design.depths) - 1))
+    return _regulated(Plan(name, input, classes, stem, tuple(stages)), design.regulator)
+
+
+def _layer(name: str, in_channels: int, out_channels: int, stage: int, sharing: Sharing) -> Layer:
+    """A layer and the kernel it reads."""
+    shared = {"all": f"width{out_channels}", "stage": f"stage{stage}", "none": own_kernel(name)}[sharing]
+    return Layer(name, shared if in_channels == out_channels else own_kernel(name), in_channels, out_channels)
+
+
+def _regulated(plan: Plan, regulator: Regulator | None) -> Plan:
+    """The plan with a regulator behind each shared convolution, or once a block where it stands behind the norm."""
+    if regulator is None:
+        return plan
+    readers = plan.readers()
+
+    def regulate(block: Block) -> Block:
+        layers = [
+            dataclasses.replace(layer, regulator=regulator)
+            if len(readers[layer.kernel]) > 1 and (regulator.place == "before-norm" or layer is block.layers[-1])
+            else layer
+            for layer in block.layers
+        ]
+        return dataclasses.replace(block, layers=tuple(layers))
+
+    stages = tuple(Stage(tuple(map(regulate, stage.blocks)), stage.pool) for stage in plan.stages)
+    return dataclasses.replace(plan, stages=stages)
+
+
+def plan_of(config: NetworkConfig, input: Input, classes: tuple[str, ...]) -> Plan:
+    """The plan of a network of the zoo.
+
+    Args:
+        config: Which network, and what is changed in it.
+        input: What it takes.
+        classes: Names of the classes it tells apart.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UnknownNameError: The zoo has no such network.
+        ConfigError: A change does not fit the design.
+        PlanError: The plan cannot exist.
+    """
+    return spell(config.name, design_of(config), input, classes)

@@ -1,0 +1,43 @@
+"""A convolution that is given its kernel, with the norm and the regulator that are its own."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dacnn.config import RegulatorPlace
+
+# N images, C input channels, O output channels, H rows, W columns
+
+
+class Reader(nn.Module):
+    """Convolution, regulator and batch norm of one place in a network; the kernel belongs to somebody else."""
+
+    def __init__(self, out_channels: int, regulator: nn.Module | None = None, place: RegulatorPlace = "before-norm") -> None:
+        """Make a reader.
+
+        Args:
+            out_channels: Output channels O of the kernels it will be given.
+            regulator: Module from N x O x H x W to the same shape.
+            place: Where the regulator stands: before the norm or behind it.
+        """
+        super().__init__()
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.regulator = regulator
+        self.regulator_place = place
+
+    def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """Convolve with a kernel that stays where it is, at stride 1, the image keeping its size.
+
+        Args:
+            x: Shape (N, C, H, W).
+            kernel: Shape (O, C, K, K), K odd.
+
+        Returns:
+            Shape (N, O, H, W).
+        """
+        x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+        if self.regulator is not None and self.regulator_place == "before-norm":
+            x = self.regulator(x)
+        x = self.norm(x)
+        if self.regulator is not None and self.regulator_place == "after-norm":
+            x = self.regulator(x)
+        return x
