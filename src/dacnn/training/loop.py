@@ -1,0 +1,254 @@
+"""The loop: from a network and images to a trained network, on one process or many.
+
+All randomness of a step is a function of the seed and the step's number, so a resumed training needs no generator's
+past, and W processes of batch B draw what one process with W micro-batches of B draws.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dacnn.config import TrainingConfig
+from dacnn.data.batches import ahead, apply, draw
+from dacnn.data.sources import Splits
+from dacnn.errors import ConfigError, DivergenceError
+from dacnn.networks.normalize import Normalize
+from dacnn.training.evaluate import Evaluation, evaluate
+from dacnn.training.precision import Execution
+from dacnn.training.recipe import make_optimizer, schedule, set_learning_rate
+from dacnn.training.statistics import RunningStatistics
+
+# N images of a micro-batch, H rows, W columns, C channels
+
+# a GPU is asked for the loss only every so many steps: asking makes it wait
+_STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 50}
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of `metrics.jsonl`."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_top1: float
+    validation_loss: float | None
+    validation_top1: float | None
+    images_per_second: float
+    seconds: float
+
+    def to_table(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
+
+
+class Loop:
+    """A training in progress. Its attributes are all that a resume needs, beside the config."""
+
+    def __init__(
+        self, network: nn.Module, splits: Splits, config: TrainingConfig, accelerator: Accelerator, execution: Execution
+    ) -> None:
+        """Get ready.
+
+        Args:
+            network: From normalised floats, N x C x H x W, to logits; trained in place.
+            splits: The images.
+            config: The recipe.
+            accelerator: Devices and processes.
+            execution: Precision and memory format.
+
+        Raises:
+            ConfigError: A step takes more images than there are, or crops more than an image has.
+        """
+        self.network, self.splits, self.config = network, splits, config
+        self.accelerator, self.execution = accelerator, execution
+        self.device = accelerator.device
+        self.images_per_step = config.batch_size * config.accumulate * accelerator.num_processes
+        self.steps = len(splits.train) // self.images_per_step
+        if self.steps == 0:
+            raise ConfigError(
+                f"a step takes {self.images_per_step} images (training.batch_size x accumulate x processes), but '{splits.name}' has "
+                f"{len(splits.train)} to train on: use a smaller batch size"
+            )
+        if config.crop >= min(splits.input.height, splits.input.width):
+            raise ConfigError(f"training.crop is {config.crop}: expected less than the side of the images, {splits.input.height} pixels")
+        network.to(self.device)
+        self.normalize = Normalize(splits.input).to(self.device)
+        self.optimizer = make_optimizer(network, config)
+        self.statistics = RunningStatistics(network)
+        model = accelerator.prepare_model(network)
+        self.model = torch.compile(model) if execution.compiled else model
+        # the colour that becomes 0 when it is normalised
+        self.fill = torch.tensor([round(255 * mean) for mean in splits.input.mean], dtype=torch.uint8)
+        self.epoch = 0
+        self.step = 0
+        self.best_top1 = -1.0
+        # sums over the epoch so far: loss x images, hits, images
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def prepare(self, images_nhwc: Tensor) -> Tensor:
+        """Bring uint8 images to what the network takes, in the memory format of this training."""
+        x: Tensor = self.normalize(images_nhwc)
+        return x.contiguous(memory_format=self.execution.layout)
+
+    def _generator(self, *position: int) -> torch.Generator:
+        """The source of all random numbers of an epoch, or of a step."""
+        digest = hashlib.sha256(repr((self.config.seed, *position)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def augment(self, images_nhwc: Tensor, step: int) -> Tensor:
+        """Shift, mirror and blank out this process's images of a step of this epoch, uint8, N x H x W x C."""
+        config, images = self.config, self.splits.input
+        # drawn for the images of all processes
+        draws = draw(
+            self.images_per_step,
+            height=images.height,
+            width=images.width,
+            crop=config.crop,
+            flip=config.flip,
+            cutout=config.cutout,
+            generator=self._generator(self.epoch, step),
+        )
+        return apply(images_nhwc, draws[self._rank_slice()], self.fill)
+
+    def _rank_slice(self) -> slice:
+        """Which of a step's images are this process's."""
+        mine = self.config.batch_size * self.config.accumulate
+        return slice(self.accelerator.process_index * mine, (self.accelerator.process_index + 1) * mine)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's images and labels of every step that is left of the epoch."""
+        order = torch.randperm(len(self.splits.train), generator=self._generator(self.epoch))
+        indices = order[: self.steps * self.images_per_step].view(self.steps, -1)[self.step :, self._rank_slice()]
+        return ahead(self.splits.train, indices, self.device)
+
+    def train_epoch(self) -> Iterator[int]:
+        """Train to the end of the epoch.
+
+        Yields:
+            After every step, its number; between two of them the state is whole.
+
+        Raises:
+            DivergenceError: The loss is no number any more.
+        """
+        self.model.train()
+        with contextlib.closing(self.batches()) as batches:  # type: ignore[type-var]
+            for images, labels in batches:
+                self._train_step(images, labels)
+                self.step += 1
+                yield self.step
+
+    def _train_step(self, images_nhwc: Tensor, labels: Tensor) -> None:
+        config = self.config
+        total_steps = config.epochs * self.steps
+        # the middle of the step: neither the first nor the last has a rate of 0
+        set_learning_rate(self.optimizer, schedule((self.epoch * self.steps + self.step + 0.5) / total_steps, config))
+        images_nhwc = self.augment(images_nhwc, self.step)
+        passes = config.accumulate * self.accelerator.num_processes
+        if passes > 1:
+            self.statistics.begin_step()
+        for index, (x, y) in enumerate(zip(images_nhwc.split(config.batch_size), labels.split(config.batch_size), strict=True)):
+            last = index == config.accumulate - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.execution.autocast():
+                    logits = self.model(self.prepare(x))
+                loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+                self.accelerator.backward(loss / config.accumulate)
+            self.totals += torch.stack((loss.detach() * len(y), (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=self.device)))
+            if passes > 1:
+                self.statistics.end_pass()
+        if passes > 1:
+            self.statistics.end_step(passes, self.reduce)
+        if config.clip_norm is not None:
+            # an anchor's gradient is the sum over its readers: the norm is taken of that sum
+            nn.utils.clip_grad_norm_(self.network.parameters(), config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def reduce(self, sums: Tensor) -> Tensor:
+        """Add a tensor up over the processes."""
+        return self.accelerator.reduce(sums, "sum")  # type: ignore[no-any-return]
+
+    def look(self) -> tuple[float, float] | None:
+        """Mean loss and accuracy of this process over the epoch so far; None where asking would make a GPU wait.
+
+        Raises:
+            DivergenceError: The loss is no number any more.
+        """
+        if self.step % _STEPS_BETWEEN_LOOKS[self.device.type] and self.step < self.steps:
+            return None
+        loss, hits, images = self.check()
+        return loss / images, hits / images
+
+    def check(self, sums: Tensor | None = None) -> list[float]:
+        """Make sure that the loss is still a number, so that no broken state is ever saved.
+
+        Args:
+            sums: Sums of the epoch; None: those of this process so far.
+
+        Returns:
+            The sums of loss x images, of hits, and of images.
+
+        Raises:
+            DivergenceError: The loss is no number any more.
+        """
+        values: list[float] = (self.totals if sums is None else sums).tolist()
+        if not math.isfinite(values[0]):
+            raise DivergenceError(
+                f"the loss is {values[0]} in epoch {self.epoch + 1}, step {self.step} of {self.steps}: lower --lr (now {self.config.lr}), "
+                "lengthen training.warmup, or set training.clip_norm to 1"
+            )
+        return values
+
+    def validate(self, tick: Callable[[int, int], None]) -> Evaluation | None:
+        """Measure the network on the validation images; None where there are none."""
+        if len(self.splits.validation) == 0:
+            return None
+        return evaluate(
+            self.network,
+            self.splits.validation,
+            prepare=self.prepare,
+            execution=self.execution,
+            rank=self.accelerator.process_index,
+            reduce=self.reduce,
+            tick=tick,
+        )
+
+    def end_epoch(self, tick: Callable[[int, int], None], images_trained: int, seconds: float) -> tuple[EpochRecord, bool]:
+        """Measure, record and go on to the next epoch.
+
+        Args:
+            tick: Called with the validation images done and to be done.
+            images_trained: Images of this epoch in this sitting, over all processes.
+            seconds: What they took.
+
+        Returns:
+            The record, and whether the network is the best so far.
+        """
+        loss, hits, images = self.check(self.reduce(self.totals))
+        validation = self.validate(tick)
+        best = validation is not None and validation.top1 > self.best_top1
+        if best and validation:
+            self.best_top1 = validation.top1
+        self.epoch += 1
+        record = EpochRecord(
+            epoch=self.epoch,
+            lr=self.optimizer.param_groups[0]["lr"],
+            train_loss=loss / images,
+            train_top1=hits / images,
+            validation_loss=validation.loss if validation else None,
+            validation_top1=validation.top1 if validation else None,
+            images_per_second=images_trained / seconds,
+            seconds=seconds,
+        )
+        self.step = 0
+        self.totals.zero_()
+        return record, best

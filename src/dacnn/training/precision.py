@@ -1,0 +1,111 @@
+"""What this device is good at: number format and memory format of a training, chosen by capability and said aloud.
+
+bfloat16 halves the time of a step where a CPU has units for it and makes it ten times slower where it has none, so no
+default is right on every machine.
+"""
+
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dacnn.config import TrainingConfig
+from dacnn.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a training runs; a resumed one runs the same way, or its bits would differ.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        precision: Format of the convolutions' operands; weights and sums stay float32.
+        memory_format: Order of the activations in memory.
+        threads: CPU threads of one process.
+        processes: Processes that share the work.
+        compiled: Whether the step goes through `torch.compile`.
+    """
+
+    device: str
+    precision: Literal["float32", "bfloat16"]
+    memory_format: Literal["channels_last", "contiguous"]
+    threads: int
+    processes: int
+    compiled: bool
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory format as PyTorch names it."""
+        return torch.channels_last if self.memory_format == "channels_last" else torch.contiguous_format
+
+    def autocast(self) -> torch.autocast:
+        """The context in which a forward pass runs."""
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def describe(self) -> str:
+        """One line for the log: what was chosen, on what."""
+        hardware = torch.cuda.get_device_name() if self.device == "cuda" else cpu_name()
+        return (
+            f"{hardware}: {self.precision}, {self.memory_format}, {self.processes} process(es) of {self.threads} thread(s)"
+            f"{', compiled' * self.compiled}"
+        )
+
+    def to_table(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
+
+
+def cpu_name() -> str:
+    """Model name of the CPU, as the operating system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def has_bfloat16_units(device: str) -> bool:
+    """Whether the device multiplies bfloat16 faster than float32.
+
+    Args:
+        device: `cpu` or `cuda`.
+
+    Returns:
+        True where it is known to have the units; a CPU of which PyTorch cannot tell has none.
+    """
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    tell = getattr(torch.cpu, "get_capabilities", None)
+    capabilities = tell() if tell else {}
+    return any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
+
+
+def choose(config: TrainingConfig, device: str, processes: int = 1) -> Execution:
+    """Choose how to run on a device.
+
+    Args:
+        config: Its `auto` values are chosen here, the others kept.
+        device: `cpu` or `cuda`.
+        processes: Processes that share the work.
+
+    Returns:
+        The choice.
+
+    Raises:
+        TrainingError: bfloat16 was asked for on a GPU that cannot do it.
+    """
+    fast = has_bfloat16_units(device)
+    if config.precision == "bfloat16" and device == "cuda" and not fast:
+        raise TrainingError("training.precision is 'bfloat16': this GPU has no units for it: use 'auto' or 'float32'")
+    return Execution(
+        device=device,
+        precision=("bfloat16" if fast else "float32") if config.precision == "auto" else config.precision,
+        memory_format="channels_last" if config.memory_format == "auto" else config.memory_format,
+        threads=config.threads or torch.get_num_threads(),
+        processes=processes,
+        compiled=device == "cuda" if config.compile == "auto" else config.compile == "yes",
+    )
