@@ -8,6 +8,7 @@ peak of its memory is its own; medians of the runs are compared.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
@@ -67,7 +68,9 @@ def plain_steps(network: Network, images: Tensor, labels: Tensor, batch_size: in
     model = network.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
     loss_of = nn.CrossEntropyLoss()
-    for inputs, targets in DataLoader(TransformedImages(images, labels), batch_size=batch_size, shuffle=True, drop_last=True, num_workers=2):
+    for inputs, targets in DataLoader(
+        TransformedImages(images, labels), batch_size=batch_size, shuffle=True, drop_last=True, num_workers=2
+    ):
         optimizer.zero_grad()
         loss = loss_of(model(inputs.to(device)), targets.to(device))
         loss.backward()
@@ -100,14 +103,12 @@ def run_side(side: str, width: int, batch_size: int, steps: int) -> dict[str, An
         times.append(time.perf_counter())
         if index < warm_up:
             times = times[-1:]
-    seconds_per_step = statistics.median(after - before for before, after in zip(times, times[1:], strict=False))
+    seconds_per_step = statistics.median(after - before for before, after in itertools.pairwise(times))
     if side == "dacnn":
         result["input_share"] = input_seconds(loop) / seconds_per_step
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        # workers of a DataLoader are processes of their own and are not counted
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # workers of a DataLoader are processes of their own and are not counted
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident
     return result | {"images_per_second": batch_size / seconds_per_step, "peak_memory_bytes": peak}
 
 
@@ -139,24 +140,48 @@ def main() -> None:
     for number in range(options.rounds):
         for side, results in runs.items():
             print(f"round {number + 1} of {options.rounds}: {side}", file=sys.stderr)
-            command = [sys.executable, __file__, "--side", side, "--width", str(options.width), "--batch-size", str(options.batch_size)]
-            output = subprocess.run([*command, "--steps", str(options.steps)], check=True, capture_output=True, text=True).stdout
+            command = [
+                sys.executable,
+                __file__,
+                "--side",
+                side,
+                "--width",
+                str(options.width),
+                "--batch-size",
+                str(options.batch_size),
+            ]
+            output = subprocess.run(
+                [*command, "--steps", str(options.steps)], check=True, capture_output=True, text=True
+            ).stdout
             results.append(json.loads(output.splitlines()[-1]))
     names = ("images_per_second", "peak_memory_bytes")
-    medians = {side: {name: statistics.median(result[name] for result in results) for name in names} for side, results in runs.items()}
+    medians = {
+        side: {name: statistics.median(result[name] for result in results) for name in names} for side, results in runs.items()
+    }
     input_share = statistics.median(result["input_share"] for result in runs["dacnn"])
     speed = medians["dacnn"]["images_per_second"] / medians["plain"]["images_per_second"]
     memory = medians["dacnn"]["peak_memory_bytes"] / medians["plain"]["peak_memory_bytes"]
     if options.json:
-        ratios = {"speed_ratio": speed, "memory_ratio": memory, "input_share": input_share, "cpu": cpu_name(), "torch": torch.__version__}
-        print(json.dumps({"width": options.width, "batch_size": options.batch_size, "runs": runs, "medians": medians} | ratios, indent=2))
+        ratios = {
+            "speed_ratio": speed,
+            "memory_ratio": memory,
+            "input_share": input_share,
+            "cpu": cpu_name(),
+            "torch": torch.__version__,
+        }
+        print(
+            json.dumps(
+                {"width": options.width, "batch_size": options.batch_size, "runs": runs, "medians": medians} | ratios, indent=2
+            )
+        )
         return
     print(f"dacnn14, width {options.width}, batch {options.batch_size}, PyTorch {torch.__version__}, {cpu_name()}")
     print(f"dacnn: {runs['dacnn'][0]['execution']}")
     for side, results in runs.items():
         speeds = [result["images_per_second"] for result in results]
         peak = medians[side]["peak_memory_bytes"] / 1e6
-        print(f"{side:>6}: {medians[side]['images_per_second']:8.1f} images/s ({min(speeds):.1f} to {max(speeds):.1f}), peak {peak:,.0f} MB")
+        images_per_second = medians[side]["images_per_second"]
+        print(f"{side:>6}: {images_per_second:8.1f} images/s ({min(speeds):.1f} to {max(speeds):.1f}), peak {peak:,.0f} MB")
     print(f" ratio: {speed:.2f}x the images/s at {memory:.2f}x the peak memory; input pipeline {input_share:.1%} of a step")
 
 

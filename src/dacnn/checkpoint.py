@@ -42,7 +42,9 @@ def replacing(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}: expected an existing folder with room in it") from None
+        raise CheckpointError(
+            f"{path}: cannot be written: {error.strerror}: expected an existing folder with room in it"
+        ) from None
     beside = Path(name)
     try:
         # mkstemp makes files that only their owner reads; a checkpoint is an ordinary file
@@ -101,7 +103,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     except ValueError:
         metadata = None
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: has no '{_METADATA_KEY}' metadata: expected a file that dacnn.save or `dacnn train` wrote")
+        raise CheckpointError(
+            f"{path}: has no '{_METADATA_KEY}' metadata: expected a file that dacnn.save or `dacnn train` wrote"
+        )
     return tensors, metadata
 
 

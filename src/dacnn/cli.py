@@ -9,7 +9,7 @@ import os
 import sys
 import typing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -33,10 +33,16 @@ def _spelled(kind: Any) -> str:
     return _spelled(inner[0]) if inner else "TRUE|FALSE" if kind is bool else kind.__name__.upper()
 
 
-def _optional(kind: type, *, without: frozenset[str] = frozenset()) -> list[tuple[str, Any, None]]:
+def _optional(kind: Any, *, without: frozenset[str] = frozenset()) -> list[tuple[str, Any, None]]:
     """The fields of a config as optional flags: None leaves the recipe's value."""
     return [
-        (item.name, Annotated[item.type | None, arg(help=item.metadata["help"], metavar=_spelled(item.type), help_behavior_hint="")], None)
+        (
+            item.name,
+            Annotated[
+                cast(Any, item.type) | None, arg(help=item.metadata["help"], metavar=_spelled(item.type), help_behavior_hint="")
+            ],
+            None,
+        )
         for item in dataclasses.fields(kind)
         if item.name not in without
     ]
@@ -51,7 +57,14 @@ for _flags in (NetworkFlags, DataFlags, TrainingFlags):
 
 NetworkName = Annotated[str | None, arg(help="network of the zoo: see `dacnn models`", metavar="NAME", help_behavior_hint="")]
 RunPath = Annotated[Path, arg(help="run directory, or a .safetensors file", metavar="RUN", help_behavior_hint="")]
-Source = Annotated[str | None, arg(help="digits, cifar10, cifar100, svhn, a hub data set, or a local folder or archive", metavar="SOURCE", help_behavior_hint="")]
+Source = Annotated[
+    str | None,
+    arg(
+        help="digits, cifar10, cifar100, svhn, a hub data set, or a local folder or archive",
+        metavar="SOURCE",
+        help_behavior_hint="",
+    ),
+]
 Json = Annotated[bool, arg(help="print one JSON object on standard output", help_behavior_hint="")]
 
 
@@ -70,8 +83,12 @@ def train(
     /,
     *,
     data: Source = None,
-    recipe: Annotated[str | None, arg(help="digits, fast, paper, or a TOML file", metavar="RECIPE", help_behavior_hint="")] = None,
-    out: Annotated[Path | None, arg(help="run directory (default: a new one under runs/)", metavar="RUN", help_behavior_hint="")] = None,
+    recipe: Annotated[
+        str | None, arg(help="digits, fast, paper, or a TOML file", metavar="RECIPE", help_behavior_hint="")
+    ] = None,
+    out: Annotated[
+        Path | None, arg(help="run directory (default: a new one under runs/)", metavar="RUN", help_behavior_hint="")
+    ] = None,
     resume: Annotated[bool, arg(help="go on with the run in --out where it stopped", help_behavior_hint="")] = False,
     json: Json = False,
     network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
@@ -124,7 +141,9 @@ def eval(
     /,
     *,
     data: Source = None,
-    png: Annotated[Path | None, arg(help="draw the confusion matrix into this file", metavar="FILE", help_behavior_hint="")] = None,
+    png: Annotated[
+        Path | None, arg(help="draw the confusion matrix into this file", metavar="FILE", help_behavior_hint="")
+    ] = None,
     json: Json = False,
     data_settings: OmitArgPrefixes[DataFlags] = DataFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> None:
@@ -147,9 +166,12 @@ def eval(
     if data is None and not recorded.is_file():
         raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --data")
     config = read_config(recorded).data if recorded.is_file() else DataConfig()
-    config = dataclasses.replace(config, **({"source": data} if data else {}), **_given(data_settings))
+    changes: dict[str, Any] = {"source": data} if data else {}
+    config = dataclasses.replace(config, **changes, **_given(data_settings))
     with bar("loading") as tick:
-        images = load_test(config, network.plan.input, network.plan.classes, progress=lambda what, done, total: tick(done, total))
+        images = load_test(
+            config, network.plan.input, network.plan.classes, progress=lambda what, done, total: tick(done, total)
+        )
     with bar("evaluating") as tick:
         result = evaluate(network, images, tick=tick)
     if png:
@@ -168,7 +190,9 @@ def eval(
             }
         )
         return
-    table = Table("class", "images", "recall", "precision", title=f"{config.source}: {result.images:,} test images", title_justify="left")
+    table = Table(
+        "class", "images", "recall", "precision", title=f"{config.source}: {result.images:,} test images", title_justify="left"
+    )
     for row in result.per_class():
         shares = ["-" if row[name] is None else f"{row[name]:.2%}" for name in ("recall", "precision")]
         table.add_row(row["class"], f"{row['images']:,}", *shares)
@@ -179,7 +203,9 @@ def eval(
 
 def predict(
     run: Positional[RunPath],
-    images: Positional[Annotated[tuple[Path, ...], arg(help="image files, and folders of them", metavar="IMAGE", help_behavior_hint="")]],
+    images: Positional[
+        Annotated[tuple[Path, ...], arg(help="image files, and folders of them", metavar="IMAGE", help_behavior_hint="")]
+    ],
     /,
     *,
     top: Annotated[int, arg(help="how many classes to name for each image")] = 3,
@@ -238,7 +264,7 @@ def models(
     from dacnn.measure.count import count
     from dacnn.networks.zoo import DESIGNS
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, design in DESIGNS.items():
         plan = _plan(NetworkConfig(name), classes, 3, 32)
         regulator = design.regulator.kind if design.regulator else None
@@ -262,13 +288,22 @@ def models(
     for heading in ("stored", "used", "MACs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        words = [row["name"], row["topology"], "-".join(map(str, row["depths"])), "-".join(map(str, dict.fromkeys(row["widths"])))]
+        words = [
+            row["name"],
+            row["topology"],
+            "-".join(map(str, row["depths"])),
+            "-".join(map(str, dict.fromkeys(row["widths"]))),
+        ]
         table.add_row(*words, f"{row['stored_parameters']:,}", f"{row['used_parameters']:,}", f"{row['macs'] / 1e6:,.0f} M")
     Console().print(table)
 
 
 def show(
-    network: Positional[Annotated[str, arg(help="network of the zoo, run directory or .safetensors file", metavar="NAME", help_behavior_hint="")]],
+    network: Positional[
+        Annotated[
+            str, arg(help="network of the zoo, run directory or .safetensors file", metavar="NAME", help_behavior_hint="")
+        ]
+    ],
     /,
     *,
     classes: Annotated[int, arg(help="number of classes, for a network of the zoo")] = 100,
@@ -294,7 +329,9 @@ def show(
     if network in DESIGNS or not Path(network).exists():
         plan = _plan(NetworkConfig(network, **given), classes, in_channels, size)
     elif given:
-        raise ConfigError(f"{network} is a trained network: it takes no {', '.join('--' + name.replace('_', '-') for name in given)}")
+        raise ConfigError(
+            f"{network} is a trained network: it takes no {', '.join('--' + name.replace('_', '-') for name in given)}"
+        )
     else:
         plan = load(network).plan
     counts = count(plan)
@@ -313,7 +350,13 @@ def show(
         kinds = sorted({layer.regulator.kind for layer in layers if layer.regulator})
         behind = f"  (+ {', '.join(kinds)})" if kinds else ""
         size_of_kernel = f"{shape[0] * shape[1] * shape[2] * shape[3]:,}"
-        table.add_row(name, "x".join(map(str, shape)), size_of_kernel, str(len(layers)), ", ".join(layer.name for layer in layers) + behind)
+        table.add_row(
+            name,
+            "x".join(map(str, shape)),
+            size_of_kernel,
+            str(len(layers)),
+            ", ".join(layer.name for layer in layers) + behind,
+        )
     console = Console()
     console.print(table)
     console.print(
@@ -337,7 +380,7 @@ def _plain(plan: "Plan") -> object:
     return json.loads(plan.to_json())
 
 
-_COMMANDS = {"train": train, "eval": eval, "predict": predict, "models": models, "show": show}
+_COMMANDS: dict[str, Any] = {"train": train, "eval": eval, "predict": predict, "models": models, "show": show}
 
 
 def main(arguments: list[str] | None = None) -> None:

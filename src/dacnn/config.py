@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 import tomli_w
 
-from dacnn.errors import ConfigError
+from dacnn.errors import ConfigError, UnknownNameError
 
 Sharing = Literal["all", "stage", "none"]
 RegulatorPlace = Literal["before-norm", "after-norm"]
@@ -88,7 +88,9 @@ class Checked:
                     continue
                 if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
                     bounds = " and ".join(
-                        words for words in (f"at least {low}" * (low is not None), f"at most {high}" * (high is not None)) if words
+                        words
+                        for words in (f"at least {low}" * (low is not None), f"at most {high}" * (high is not None))
+                        if words
                     )
                     raise ConfigError(f"{where} is {number}: expected a finite number{' of ' * bool(bounds)}{bounds}")
 
@@ -143,7 +145,9 @@ class DataConfig(Checked):
     fit: Fit = setting("crop", "how images of other sizes are fitted: crop, stretch or pad")
     channels: int | None = setting(None, "1 (grey) or 3 (colour); default: what the data set has", low=1, high=3)
     validation: float = setting(0.1, "share of the training images set aside to choose the best epoch", low=0.0, high=0.9)
-    held_out: float = setting(0.2, "share of the images held out for testing where the source has no test split", low=0.01, high=0.9)
+    held_out: float = setting(
+        0.2, "share of the images held out for testing where the source has no test split", low=0.01, high=0.9
+    )
     memory_gigabytes: float = setting(4.0, "decoded images are kept in memory up to this size, else streamed", low=0.0)
 
     def __post_init__(self) -> None:
@@ -181,6 +185,9 @@ class TrainingConfig(Checked):
     threads: int | None = setting(None, "CPU threads of one process (default: PyTorch's own choice)", low=1)
 
 
+_TABLES: dict[str, type[Checked]] = {"network": NetworkConfig, "data": DataConfig, "training": TrainingConfig}
+
+
 @dataclass(frozen=True)
 class Config:
     """All three together: what `config.toml` of a run holds, and what a recipe sets a part of."""
@@ -203,21 +210,44 @@ class Config:
         Raises:
             ConfigError: A table or a field is unknown, or a value is refused.
         """
-        kinds = {"network": NetworkConfig, "data": DataConfig, "training": TrainingConfig}
         for name, table in tables.items():
-            if name not in kinds:
-                raise ConfigError(f"{where}: unknown table '{name}': expected one of {', '.join(kinds)}")
+            if name not in _TABLES:
+                raise ConfigError(f"{where}: unknown table '{name}': expected one of {', '.join(_TABLES)}")
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{where}: '{name}' is {table!r}: expected a table, [{name}]")
-        return cls(**{name: kind.from_table(tables.get(name, {}), f"{where} [{name}]") for name, kind in kinds.items()})
+        parts: dict[str, Any] = {
+            name: kind.from_table(tables.get(name, {}), f"{where} [{name}]") for name, kind in _TABLES.items()
+        }
+        return cls(**parts)
 
     def to_tables(self) -> dict[str, dict[str, Any]]:
         """The config as TOML tables."""
-        return {name: getattr(self, name).to_table() for name in ("network", "data", "training")}
+        return {name: getattr(self, name).to_table() for name in _TABLES}
 
     def to_toml(self) -> str:
         """The config as TOML text that `read_config` takes."""
         return tomli_w.dumps(self.to_tables())
+
+    @staticmethod
+    def sorted_into_tables(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Sort settings by the table that they belong to.
+
+        Args:
+            settings: Field names, which are unique over the tables, and values.
+
+        Returns:
+            Table name to field name to value.
+
+        Raises:
+            UnknownNameError: No table has such a field.
+        """
+        homes = {item.name: table for table, kind in _TABLES.items() for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        tables: dict[str, dict[str, Any]] = {table: {} for table in _TABLES}
+        for name, value in settings.items():
+            if name not in homes:
+                raise UnknownNameError("setting", name, homes)
+            tables[homes[name]][name] = value
+        return tables
 
     def merged(self, overrides: Mapping[str, Mapping[str, Any]]) -> Self:
         """A copy in which some fields have other values.

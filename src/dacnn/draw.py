@@ -39,11 +39,12 @@ def draw_plan(plan: Plan, path: Path) -> None:
     palette = colormaps["tab10"]
     colours = {name: palette(index % 10) for index, name in enumerate(shared)}
     rows: list[tuple[str, list[list[Layer]]]] = [("stem", [[plan.stem]])]
-    side = plan.input.height
+    height_px, width_px = plan.input.height, plan.input.width
     for index, stage in enumerate(plan.stages):
         blocks = [[*block.layers, *([block.shortcut] if block.shortcut else [])] for block in stage.blocks]
-        rows.append((f"stage {index}\n{side}x{side * plan.input.width // plan.input.height}", blocks))
-        side //= 2 if stage.pool else 1
+        rows.append((f"stage {index}\n{height_px}x{width_px}", blocks))
+        if stage.pool:
+            height_px, width_px = height_px // 2, width_px // 2
     columns = max(sum(len(block) for block in blocks) + 0.3 * (len(blocks) - 1) for _, blocks in rows)
     anchors_x = columns + 1.2
     figure = Figure(figsize=(1.1 + 0.62 * (columns + 3.2), 0.8 + 0.72 * max(len(rows), len(shared) + 1)))
@@ -54,22 +55,20 @@ def draw_plan(plan: Plan, path: Path) -> None:
     for row, (label, blocks) in enumerate(rows):
         y = height - 1 - row
         axes.text(-0.3, y, label, ha="right", va="center", fontsize=9)
-        x = 0.0
+        x: float = 0
         for block in blocks:
             for layer in block:
                 _draw_layer(axes, layer, x, y, colours.get(layer.kernel, _OWN))
-                if layer.kernel in anchor_y:
-                    # from the owner to the reader: the kernel itself stands in one place
-                    axes.plot(
-                        [anchors_x, x + 0.82], [anchor_y[layer.kernel], y], color=colours[layer.kernel], lw=0.7, alpha=0.35, zorder=0
-                    )
                 x += 1
             x += 0.3
-    for name, y in anchor_y.items():
+        for name in {layer.kernel for block in blocks for layer in block} & anchor_y.keys():
+            # from the owner to the row of its readers: the kernel itself stands in one place
+            axes.plot([anchors_x, x - 0.45], [anchor_y[name], y], color=colours[name], lw=1.2, alpha=0.6, zorder=0)
+    for name, middle in anchor_y.items():
         shape = plan.kernels()[name]
-        axes.add_patch(FancyBboxPatch((anchors_x, y - 0.33), 1.7, 0.66, boxstyle="round,pad=0.05", color=colours[name]))
+        axes.add_patch(FancyBboxPatch((anchors_x, middle - 0.33), 1.7, 0.66, boxstyle="round,pad=0.05", color=colours[name]))
         text = f"{name}\n{'x'.join(map(str, shape))}\n{len(plan.readers()[name])} readers"
-        axes.text(anchors_x + 0.85, y, text, ha="center", va="center", fontsize=7.5, color="white")
+        axes.text(anchors_x + 0.85, middle, text, ha="center", va="center", fontsize=7.5, color="white")
     axes.set_title(f"{plan.name}: {sum(1 for _ in plan.layers())} convolutions, {len(plan.kernels())} kernels", fontsize=11)
     axes.set_xlim(-1.6, anchors_x + 2.2)
     axes.set_ylim(-0.7, height - 0.3)
@@ -80,11 +79,22 @@ def _draw_layer(axes: object, layer: Layer, x: float, y: float, colour: object) 
     """One convolution; a dark edge and a letter mark a regulator."""
     regulated = layer.regulator is not None
     box = FancyBboxPatch(
-        (x, y - 0.28), 0.74, 0.56, boxstyle="round,pad=0.04", facecolor=colour, edgecolor="black" if regulated else "white", lw=1.2
+        (x, y - 0.28),
+        0.74,
+        0.56,
+        boxstyle="round,pad=0.04",
+        facecolor=colour,
+        edgecolor="black" if regulated else "white",
+        lw=1.2,
     )
     axes.add_patch(box)  # type: ignore[attr-defined]
-    text = f"{layer.in_channels}\n→{layer.out_channels}" + (f"\n+{layer.regulator.kind}" if layer.regulator else "")
-    size = 6 if regulated else 7
+    below = (
+        f"\n+{layer.regulator.kind}"
+        if layer.regulator
+        else f"\n{layer.kernel_size}x{layer.kernel_size}" * (layer.kernel_size != 3)
+    )
+    text = f"{layer.in_channels}\n→{layer.out_channels}{below}"
+    size = 5.5 if regulated else 7
     axes.text(x + 0.37, y, text, ha="center", va="center", fontsize=size, color="black" if colour == _OWN else "white")  # type: ignore[attr-defined]
 
 

@@ -37,8 +37,10 @@ class UnknownNameError(DacnnError, LookupError):
             known: The names that are.
         """
         names = sorted(known)
-        near = difflib.get_close_matches(name, names, n=1)
-        remedy = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(names)}"
+        near = difflib.get_close_matches(name, names, n=3)
+        remedy = (
+            f"did you mean {' or '.join(repr(match) for match in near)}?" if near else f"expected one of {', '.join(names)}"
+        )
         super().__init__(f"unknown {kind} '{name}': {remedy}")
 
 

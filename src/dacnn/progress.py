@@ -23,7 +23,9 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         A function that takes how many are done and how many there are.
     """
-    with Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+    with Progress(
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+    ) as progress:
         task = progress.add_task(what, total=None)
 
         def tick(done: int, total: int) -> None:
@@ -76,7 +78,9 @@ class TrainingProgress(Listener):
         speed = self.progress.tasks[0].speed
         images = f"  {speed * self.images_per_step:,.0f} images/s" if speed else ""
         state = f"loss {loss:.3f}  top-1 {top1:.2%}{images}"
-        self.progress.update(self.task, description=f"epoch {epoch}/{self.epochs}", completed=(epoch - 1) * steps + step, state=state)
+        self.progress.update(
+            self.task, description=f"epoch {epoch}/{self.epochs}", completed=(epoch - 1) * steps + step, state=state
+        )
 
     def evaluating(self, done: int, total: int) -> None:
         """Show how far the validation is."""

@@ -8,7 +8,9 @@ from dacnn.training.precision import choose, cpu_name, has_bfloat16_units
 
 
 @pytest.mark.parametrize(("unit", "expected"), [("avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2", "float32")])
-def test_bfloat16_is_chosen_only_where_the_cpu_has_units_for_it(unit: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_chosen_only_where_the_cpu_has_units_for_it(
+    unit: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True}, raising=False)
     execution = choose(TrainingConfig(), "cpu")
     assert execution.precision == expected
@@ -21,7 +23,9 @@ def test_a_cpu_of_which_pytorch_cannot_tell_has_no_units(monkeypatch: pytest.Mon
 
 
 def test_what_is_asked_for_is_kept() -> None:
-    execution = choose(TrainingConfig(precision="float32", memory_format="contiguous", threads=1, compile="yes"), "cpu", processes=3)
+    execution = choose(
+        TrainingConfig(precision="float32", memory_format="contiguous", threads=1, compile="yes"), "cpu", processes=3
+    )
     assert execution.to_table() == {
         "device": "cpu",
         "precision": "float32",

@@ -1,0 +1,1 @@
+"""Plans, and the networks built from them."""

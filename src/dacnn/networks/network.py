@@ -32,7 +32,8 @@ class PlannedBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         """Make the readers of `block`."""
         super().__init__()
-        self.readers = nn.ModuleList([_reader(layer) for layer in block.layers])
+        readers = [_reader(layer) for layer in block.layers]
+        self.readers = nn.ModuleList(readers)
         self.kernels = [layer.kernel for layer in block.layers]
         self.residual = block.residual
         self.shortcut = _reader(block.shortcut) if block.shortcut else None
@@ -40,7 +41,7 @@ class PlannedBlock(nn.Module):
         if block.residual:
             # a residual block starts as the identity, so that a network of any depth can begin to learn
             # (Goyal et al., arXiv:1706.02677, section 5.1)
-            nn.init.zeros_(self.readers[-1].norm.weight)
+            nn.init.zeros_(readers[-1].norm.weight)
 
     def forward(self, x: Tensor, anchors: Anchors) -> Tensor:
         """Run the block.
@@ -92,7 +93,9 @@ class Network(nn.Module):
         Args:
             generator: Source of the random numbers; None is PyTorch's global one.
         """
-        chained = [layer for stage in self.plan.stages for block in stage.blocks if not block.residual for layer in block.layers]
+        chained = [
+            layer for stage in self.plan.stages for block in stage.blocks if not block.residual for layer in block.layers
+        ]
         square = {layer.kernel for layer in chained if layer.in_channels == layer.out_channels}
         self.anchors.reset_parameters(generator, near_identity=square)
         nn.init.kaiming_uniform_(self.classifier.weight, a=5**0.5, generator=generator)
@@ -104,7 +107,8 @@ class Network(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Parameters stay contiguous whatever memory format is asked for: what is saved is the same bytes, safetensors
         # takes it, and a convolution follows the format of its input anyway.
-        return super()._apply(lambda tensor: fn(tensor).contiguous(), recurse)
+        super()._apply(lambda tensor: fn(tensor).contiguous(), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images.
@@ -168,7 +172,9 @@ def create(
     """
     if not isinstance(network, Plan):
         table = network.to_table() if isinstance(network, NetworkConfig) else {"name": network}
-        config = NetworkConfig.from_table(table | {name: list(v) if isinstance(v, tuple) else v for name, v in changes.items()}, "create")
+        config = NetworkConfig.from_table(
+            table | {name: list(v) if isinstance(v, tuple) else v for name, v in changes.items()}, "create"
+        )
         if num_classes < 1 or in_channels < 1:
             raise ShapeError(f"num_classes is {num_classes} and in_channels {in_channels}: expected 1 or more of each")
         input = Input(channels=in_channels, mean=(0.5,) * in_channels, std=(0.25,) * in_channels)

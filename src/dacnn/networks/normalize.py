@@ -46,6 +46,7 @@ class Normalize(nn.Module):
         """
         if images_nhwc.ndim != 4 or images_nhwc.shape[3] != self.input.channels:
             raise ShapeError(
-                f"images have shape {tuple(images_nhwc.shape)}: uint8 images are N x H x W x {self.input.channels} for this network"
+                f"images have shape {tuple(images_nhwc.shape)}: "
+                f"uint8 images are N x H x W x {self.input.channels} for this network"
             )
         return (images_nhwc * self.scale + self.shift).permute(0, 3, 1, 2)

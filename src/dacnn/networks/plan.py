@@ -139,7 +139,9 @@ class Plan:
             raise PlanError(f"plan '{self.name}' has several layers named '{doubled[0]}': give each its own name")
         for layer in self.layers():
             if min(layer.in_channels, layer.out_channels) < 1 or layer.kernel_size % 2 == 0:
-                raise PlanError(f"layer '{layer.name}' has shape {layer.kernel_shape}: expected channels of 1 or more, an odd size")
+                raise PlanError(
+                    f"layer '{layer.name}' has shape {layer.kernel_shape}: expected channels of 1 or more, an odd size"
+                )
         self._check_channels()
         self.kernels()
         if min(self.input.height, self.input.width) < self.smallest_side:
@@ -153,7 +155,9 @@ class Plan:
 
         def follow(layer: Layer, channels: int) -> int:
             if layer.in_channels != channels:
-                raise PlanError(f"layer '{layer.name}' takes {layer.in_channels} channels, but what stands before it gives {channels}")
+                raise PlanError(
+                    f"layer '{layer.name}' takes {layer.in_channels} channels, but what stands before it gives {channels}"
+                )
             return layer.out_channels
 
         channels = follow(self.stem, self.input.channels)
@@ -199,8 +203,8 @@ class Plan:
             first = owners.setdefault(layer.kernel, layer)
             if first.kernel_shape != layer.kernel_shape:
                 raise PlanError(
-                    f"layer '{layer.name}' needs a kernel of {layer.kernel_shape}, but '{layer.kernel}' is {first.kernel_shape} "
-                    f"for '{first.name}': make it a transition, or give it its own kernel"
+                    f"layer '{layer.name}' needs a kernel of {layer.kernel_shape}, but '{layer.kernel}' is "
+                    f"{first.kernel_shape} for '{first.name}': make it a transition, or give it its own kernel"
                 )
         return {name: layer.kernel_shape for name, layer in owners.items()}
 
@@ -275,7 +279,15 @@ def _to_plain(value: Any) -> Any:
 
 
 # the dataclass that each field holds, alone or in a tuple
-_NESTED = {"input": Input, "stem": Layer, "stages": Stage, "blocks": Block, "layers": Layer, "shortcut": Layer, "regulator": Regulator}
+_NESTED = {
+    "input": Input,
+    "stem": Layer,
+    "stages": Stage,
+    "blocks": Block,
+    "layers": Layer,
+    "shortcut": Layer,
+    "regulator": Regulator,
+}
 _SCALARS = {str, int, bool}
 
 

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from dacnn.config import NetworkConfig, RegulatorPlace, Sharing
+from dacnn.config import NetworkConfig, Sharing
 from dacnn.errors import ConfigError, UnknownNameError
 from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage, own_kernel
 
@@ -87,7 +87,10 @@ def design_of(config: NetworkConfig) -> Design:
     if config.width is not None:
         scaled = [width * config.width / widths[0] for width in widths]
         if any(width != int(width) for width in scaled):
-            raise ConfigError(f"network.width is {config.width}: the stages of '{config.name}' have widths {widths}, whose ratio it cannot keep")
+            raise ConfigError(
+                f"network.width is {config.width}: "
+                f"the stages of '{config.name}' have widths {widths}, whose ratio it cannot keep"
+            )
         widths = tuple(map(int, scaled))
     if design.topology == "chain" and depths[0] < 1:
         raise ConfigError("network.depths: a chain's first stage counts the stem: expected 1 or more")
@@ -98,7 +101,9 @@ def _regulator(config: NetworkConfig, designed: Regulator | None) -> Regulator |
     kind = config.regulator or (designed.kind if designed else "none")
     if kind == "none":
         if config.regulator_place or config.regulator_rank:
-            raise ConfigError("network.regulator_place and regulator_rank need a network.regulator: name one, or leave them out")
+            raise ConfigError(
+                "network.regulator_place and regulator_rank need a network.regulator: name one, or leave them out"
+            )
         return None
     place = config.regulator_place or (designed.place if designed else "before-norm")
     return Regulator(kind, place, config.regulator_rank or (designed.rank if designed else None))

@@ -38,7 +38,7 @@ class Evaluation:
     classes: tuple[str, ...]
 
     def per_class(self) -> list[dict[str, Any]]:
-        """For every class: its images, the share of them found (recall), and the share of such guesses that are right (precision)."""
+        """For every class: its images, recall (share of them found) and precision (share of such guesses that are right)."""
         right, true, guessed = self.confusion.diag(), self.confusion.sum(1), self.confusion.sum(0)
         return [
             {
@@ -93,7 +93,7 @@ def evaluate(
     training = network.training
     network.eval()
     done = 0
-    for batch, labels in ahead(images, mine.split(batch_size), device):
+    for batch, labels in ahead(images, torch.split(mine, batch_size), device):
         inputs = prepare(batch) if prepare else batch
         if execution:
             with execution.autocast():

@@ -75,17 +75,19 @@ class Loop:
         self.steps = len(splits.train) // self.images_per_step
         if self.steps == 0:
             raise ConfigError(
-                f"a step takes {self.images_per_step} images (training.batch_size x accumulate x processes), but '{splits.name}' has "
-                f"{len(splits.train)} to train on: use a smaller batch size"
+                f"a step takes {self.images_per_step} images (training.batch_size x accumulate x processes), but "
+                f"'{splits.name}' has {len(splits.train)} to train on: use a smaller batch size"
             )
         if config.crop >= min(splits.input.height, splits.input.width):
-            raise ConfigError(f"training.crop is {config.crop}: expected less than the side of the images, {splits.input.height} pixels")
+            raise ConfigError(
+                f"training.crop is {config.crop}: expected less than the side of the images, {splits.input.height} pixels"
+            )
         network.to(self.device)
         self.normalize = Normalize(splits.input).to(self.device)
         self.optimizer = make_optimizer(network, config)
         self.statistics = RunningStatistics(network)
         model = accelerator.prepare_model(network)
-        self.model = torch.compile(model) if execution.compiled else model
+        self.model: nn.Module = torch.compile(model) if execution.compiled else model  # type: ignore[assignment]
         # the colour that becomes 0 when it is normalised
         self.fill = torch.tensor([round(255 * mean) for mean in splits.input.mean], dtype=torch.uint8)
         self.epoch = 0
@@ -155,14 +157,18 @@ class Loop:
         passes = config.accumulate * self.accelerator.num_processes
         if passes > 1:
             self.statistics.begin_step()
-        for index, (x, y) in enumerate(zip(images_nhwc.split(config.batch_size), labels.split(config.batch_size), strict=True)):
+        for index, (x, y) in enumerate(
+            zip(*(torch.split(tensor, config.batch_size) for tensor in (images_nhwc, labels)), strict=True)
+        ):
             last = index == config.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.execution.autocast():
                     logits = self.model(self.prepare(x))
                 loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
                 self.accelerator.backward(loss / config.accumulate)
-            self.totals += torch.stack((loss.detach() * len(y), (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=self.device)))
+            self.totals += torch.stack(
+                (loss.detach() * len(y), (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=self.device))
+            )
             if passes > 1:
                 self.statistics.end_pass()
         if passes > 1:
@@ -203,8 +209,8 @@ class Loop:
         values: list[float] = (self.totals if sums is None else sums).tolist()
         if not math.isfinite(values[0]):
             raise DivergenceError(
-                f"the loss is {values[0]} in epoch {self.epoch + 1}, step {self.step} of {self.steps}: lower --lr (now {self.config.lr}), "
-                "lengthen training.warmup, or set training.clip_norm to 1"
+                f"the loss is {values[0]} in epoch {self.epoch + 1}, step {self.step} of {self.steps}: "
+                f"lower --lr (now {self.config.lr}), lengthen training.warmup, or set training.clip_norm to 1"
             )
         return values
 

@@ -15,7 +15,9 @@ from dacnn.networks.network import Network
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the library."""
-    return sorted(file.name.removesuffix(".toml") for file in resources.files("dacnn.recipes").iterdir() if file.name.endswith(".toml"))
+    return sorted(
+        file.name.removesuffix(".toml") for file in resources.files("dacnn.recipes").iterdir() if file.name.endswith(".toml")
+    )
 
 
 def load_recipe(name: str) -> Config:

@@ -1,28 +1,28 @@
 """A run: a training and the directory that holds all of it.
 
-    RUN/config.toml          everything that was chosen
-    RUN/metrics.jsonl        a line an epoch
-    RUN/last.safetensors     the network behind the last epoch
-    RUN/best.safetensors     the network that was best on the validation images
-    RUN/resume.safetensors   where to go on
-    RUN/tensorboard/         the metrics once more, for TensorBoard
+RUN/config.toml          everything that was chosen
+RUN/metrics.jsonl        a line an epoch
+RUN/last.safetensors     the network behind the last epoch
+RUN/best.safetensors     the network that was best on the validation images
+RUN/resume.safetensors   where to go on
+RUN/tensorboard/         the metrics once more, for TensorBoard
 """
 
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
 from dacnn.checkpoint import load, replacing, save, weights_path
-from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
+from dacnn.config import Config, TrainingConfig, read_config
 from dacnn.data.sources import Splits, load_data
-from dacnn.errors import CheckpointError, ConfigError, TrainingError, UnknownNameError
+from dacnn.errors import CheckpointError, ConfigError, TrainingError
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
 from dacnn.networks.zoo import design_of, plan_of
@@ -105,18 +105,18 @@ def configure(network: str | None = None, data: str | None = None, recipe: str |
         ConfigError: A value is out of range.
     """
     base = load_recipe(recipe or ("digits" if data in (None, "digits") else "fast"))
-    tables: dict[str, dict[str, Any]] = {"network": {"name": network}, "data": {"source": data}, "training": {}}
-    homes = {item.name: table for table, kind in _TABLES.items() for item in fields(kind)}
-    for name, value in overrides.items():
-        if name not in homes:
-            raise UnknownNameError("setting", name, homes)
-        tables[homes[name]][name] = value
-    config = base.merged(tables)
+    config = base.merged(Config.sorted_into_tables({"name": network, "source": data, **overrides}))
     design_of(config.network)
     return config
 
 
-_TABLES: dict[str, Any] = {"network": NetworkConfig, "data": DataConfig, "training": TrainingConfig}
+def _check_same(recorded: Config, given: dict[str, dict[str, Any]], run: Path) -> None:
+    """Refuse to go on with a run under other settings than its own."""
+    for table, values in given.items():
+        for name, value in values.items():
+            was = getattr(getattr(recorded, table), name)
+            if value is not None and value != was:
+                raise ConfigError(f"{table}.{name} is {was} in the run {run}, got {value}: leave it out, or start a new run")
 
 
 def train(
@@ -160,6 +160,7 @@ def train(
     """
     listener = listener or Listener()
     plan = network if isinstance(network, Plan) else None
+    given = Config.sorted_into_tables({"name": None if plan else network, "source": data, **overrides})
     if config is None:
         config = configure(None if isinstance(network, Plan) else network, data, recipe, **overrides)
     elif network or data or recipe or any(value is not None for value in overrides.values()):
@@ -172,11 +173,13 @@ def train(
         cpu=cpu,
         log_with="tensorboard",
         project_dir=str(run),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if not accelerator.is_main_process:
         listener = Listener()
-    return _train(read_config(run / "config.toml"), plan, run, resume, accelerator, listener)
+    recorded = read_config(run / "config.toml")
+    if resume:
+        _check_same(recorded, given, run)
+    return _train(recorded, plan, run, resume, accelerator, listener)
 
 
 def _open_run(config: Config, out: Path | None, resume: bool) -> Path:
@@ -186,8 +189,9 @@ def _open_run(config: Config, out: Path | None, resume: bool) -> Path:
     if out is None:
         stem = f"{config.network.name}-{Path(config.data.source).name}"
         taken = 1
-        while (out := Path("runs") / f"{stem}-{taken}").exists():
+        while (Path("runs") / f"{stem}-{taken}").exists():
             taken += 1
+        out = Path("runs") / f"{stem}-{taken}"
     if (out / "config.toml").is_file():
         if not resume:
             raise CheckpointError(f"{out}: already holds a run: go on with it by --resume, or choose another --out")
@@ -224,7 +228,9 @@ def _train(
     try:
         _run_epochs(loop, run, records, listener)
     finally:
-        accelerator.end_training()
+        # not accelerator.end_training(), which would end the process group that a next training needs
+        for tracker in accelerator.trackers:
+            tracker.finish()
     accelerator.wait_for_everyone()
     return TrainResult(load(weights_path(run)), run, config, tuple(records))
 
@@ -246,8 +252,8 @@ def _fitted(plan: Plan | None, config: Config, splits: Splits) -> Plan:
         return plan_of(config.network, splits.input, splits.classes)
     if (plan.input.channels, len(plan.classes)) != (splits.input.channels, len(splits.classes)):
         raise ConfigError(
-            f"plan '{plan.name}' takes {plan.input.channels} channels and tells {len(plan.classes)} classes apart, '{splits.name}' has "
-            f"{splits.input.channels} and {len(splits.classes)}: make the plan for this data set"
+            f"plan '{plan.name}' takes {plan.input.channels} channels and tells {len(plan.classes)} classes apart, "
+            f"'{splits.name}' has {splits.input.channels} and {len(splits.classes)}: make the plan for this data set"
         )
     return plan.for_data(splits.input, splits.classes)
 
@@ -274,7 +280,9 @@ def _run_epochs(loop: Loop, run: Path, records: list[EpochRecord], listener: Lis
             records.append(record)
             if main:
                 _save_epoch(loop, run, records, best)
-            loop.accelerator.log({name: value for name, value in record.to_table().items() if value is not None}, step=record.epoch)
+            loop.accelerator.log(
+                {name: value for name, value in record.to_table().items() if value is not None}, step=record.epoch
+            )
             listener.epoch_ended(record, best)
             _stop_if(interrupts.requested and loop.epoch < loop.config.epochs, loop, run)
 
@@ -282,7 +290,8 @@ def _run_epochs(loop: Loop, run: Path, records: list[EpochRecord], listener: Lis
 def _stop_if(requested: bool, loop: Loop, run: Path) -> None:
     if requested:
         raise Interrupted(
-            f"stopped in epoch {loop.epoch + 1} of {loop.config.epochs}, the state is saved: go on with `dacnn train --resume --out {run}`"
+            f"stopped in epoch {loop.epoch + 1} of {loop.config.epochs}, the state is saved: "
+            f"go on with `dacnn train --resume --out {run}`"
         )
 
 

@@ -79,7 +79,8 @@ def restore_state(loop: Loop, tensors: dict[str, Tensor], metadata: dict[str, An
         different.append(f"PyTorch was {metadata['torch']}, is {torch.__version__}")
     if different:
         raise CheckpointError(
-            f"{path}: cannot go on with the same bits: {'; '.join(different)}: resume on a machine like the first one, or start a new run"
+            f"{path}: cannot go on with the same bits: {'; '.join(different)}: "
+            "resume on a machine like the first one, or start a new run"
         )
     network = {name.removeprefix("network."): tensor for name, tensor in tensors.items() if name.startswith("network.")}
     moments: dict[int, dict[str, Tensor]] = {}

@@ -49,7 +49,7 @@ class RunningStatistics:
             return
         # one message for all of them
         sums = reduce(torch.cat([total.flatten() for total in self._sums])) / passes
-        for moment, mean in zip(self.moments, sums.split([moment.numel() for moment in self.moments]), strict=True):
+        for moment, mean in zip(self.moments, torch.split(sums, [moment.numel() for moment in self.moments]), strict=True):
             moment.copy_(mean.view_as(moment))
         for counter in self.counters:
             counter += 1

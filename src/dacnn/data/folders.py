@@ -1,0 +1,88 @@
+"""A folder of images by class: one folder per class, either at once or below `train` and `test`."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dacnn.data.reasons import reason
+from dacnn.data.records import FileStore, Records
+from dacnn.errors import DataError
+
+# what people call a split, and what it is
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+
+
+def read_image_folder(folder: Path) -> dict[str, Records]:
+    """List the images of a folder; none is opened yet.
+
+    Files whose name does not end like an image's (notes, thumbnails' data bases) and hidden ones are passed over.
+
+    Args:
+        folder: `folder/CLASS/*` or `folder/SPLIT/CLASS/*`, SPLIT being train, validation (valid, val, dev) or test;
+            classes are numbered in the order of their names.
+
+    Returns:
+        Split name (`train`, `validation`, `test`) to records; only `train` where there are no splits.
+
+    Raises:
+        DataError: There are no class folders, no train split, a class without images, or a class that train lacks.
+    """
+    folders = _subfolders(folder)
+    named: dict[str, Path] = {}
+    for sub in folders:
+        split = SPLIT_WORDS.get(sub.name.lower())
+        if split and split in named:
+            raise DataError(f"{folder}: both '{named[split].name}' and '{sub.name}' are the {split} split: keep one")
+        if split:
+            named[split] = sub
+    if not named:
+        return {"train": _read_split(folder, None)}
+    if "train" not in named:
+        raise DataError(f"{folder}: holds {', '.join(sub.name for sub in named.values())}, but no folder 'train': expected one")
+    train = _read_split(named["train"], None)
+    return {"train": train} | {split: _read_split(sub, train.classes) for split, sub in named.items() if split != "train"}
+
+
+def _read_split(folder: Path, classes: tuple[str, ...] | None) -> Records:
+    """The images of one split; `classes` are those of train, or None for train itself."""
+    extensions = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    folders = _subfolders(folder)
+    if not folders:
+        raise DataError(f"{folder}: holds no folders: expected one folder of images per class")
+    names = classes or tuple(sub.name for sub in folders)
+    paths: list[Path] = []
+    labels: list[int] = []
+    for sub in folders:
+        if sub.name not in names:
+            raise DataError(f"{sub}: class '{sub.name}' is not in train: expected one of {', '.join(names[:10])}")
+        try:
+            inside = (path for path in sub.rglob("*") if path.suffix.lower() in extensions and not _hidden(path))
+            found = sorted(path for path in inside if path.is_file())
+        except OSError as error:
+            raise DataError(f"{sub}: cannot be listed ({reason(error)})") from None
+        if not found and classes is None:
+            raise DataError(f"{sub}: class '{sub.name}' has no image: add some (.png, .jpg, ...) or remove the folder")
+        paths += found
+        labels += [names.index(sub.name)] * len(found)
+    return Records.whole(FileStore(tuple(paths)), np.array(labels, np.int64), names)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not _hidden(sub))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({reason(error)})") from None
+
+
+def _hidden(path: Path) -> bool:
+    return path.name.startswith((".", "__MACOSX"))
