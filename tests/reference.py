@@ -7,10 +7,12 @@ the kernels of a dacnn network, so that both must compute the same, and the clon
 import types
 import typing
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,15 @@ from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
 
 REGULATORS = ("pointwise", "depthwise", "low-rank", "shift")
 PLACES = ("before-norm", "after-norm")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """In files that import this, PyTorch computes on one thread: the networks are so small that a second one only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def rank_of(kind: str) -> int | None:
@@ -175,6 +186,7 @@ def images_for(plan: Plan, count: int = 3, side: int | None = None, dtype: torch
 def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor, relative: float) -> None:
     """Compare on the scale of the largest value: single values may be differences of large ones."""
     assert actual.shape == expected.shape
+    actual, expected = actual.detach(), expected.detach()
     assert torch.isfinite(actual).all() and torch.isfinite(expected).all()
     scale = max(float(expected.abs().max()), 1e-30)
     assert float((actual - expected).abs().max()) <= relative * scale
@@ -220,6 +232,19 @@ def plans(draw: st.DrawFn) -> Plan:
     classes = tuple(draw(st.lists(st.text(max_size=5), min_size=1, max_size=4)))
     fit: Any = draw(st.sampled_from(["crop", "stretch", "pad"]))
     return Plan(draw(st.text(max_size=8)), Input(rows, columns, in_channels, mean, std, fit), classes, stem, tuple(stages))
+
+
+# ---------------------------------------------------------------- JSON trees
+
+
+def changed(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy of a JSON tree with another value at `path`."""
+    if not path:
+        return value
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    inner = tree.get(path[0]) if isinstance(tree, dict) else tree[path[0]]
+    copy[path[0]] = changed(inner, path[1:], value)
+    return copy
 
 
 # ---------------------------------------------------------------- types, checked from the annotations

@@ -119,7 +119,7 @@ def test_show_tells_who_reads_which_kernel(run: Path, tmp_path: Path, capsys: py
         ("train --epochs 0", "training.epochs is 0"),
         ("train --resume", "name its directory with --out"),
         ("eval nowhere", "nowhere: no such file"),
-        ("predict nowhere also-nowhere.png", "also-nowhere.png: no such file"),
+        ("predict nowhere photo.png", "nowhere: no such file"),
         ("show dacnn14 --size 16", "input of 16x16 is too small"),
         ("show dacnn14 --png plan.bmp", "a picture ends in one of"),
         ("show dacnn14 --regulator low-rank", "has no rank: give one"),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dacnn.measure.count import count
     from dacnn.networks.network import Network, create
     from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
+    from dacnn.prediction import predict
     from dacnn.training.evaluate import evaluate
     from dacnn.training.run import train
 
@@ -33,6 +34,7 @@ _HOMES = {
     "create": "networks.network",
     "evaluate": "training.evaluate",
     "load": "checkpoint",
+    "predict": "prediction",
     "read_config": "config",
     "save": "checkpoint",
     "train": "training.run",
@@ -55,6 +57,7 @@ __all__ = [
     "create",
     "evaluate",
     "load",
+    "predict",
     "read_config",
     "save",
     "train",

@@ -219,7 +219,7 @@ def predict(
     from rich.table import Table
 
     from dacnn.checkpoint import load
-    from dacnn.predict import predict as predict_images
+    from dacnn.prediction import predict as predict_images
     from dacnn.progress import bar
 
     if not images:

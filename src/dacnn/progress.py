@@ -23,6 +23,9 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         A function that takes how many are done and how many there are.
     """
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
     with Progress(
         TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
     ) as progress:
@@ -52,11 +55,15 @@ class TrainingProgress(Listener):
         self.task = self.progress.add_task("data", total=None, state="")
         self.epochs = 0
         self.images_per_step = 0
-        self.progress.start()
+        # a log file has no use for bars: it gets the lines alone
+        self.shown = console.is_terminal
+        if self.shown:
+            self.progress.start()
 
     def close(self) -> None:
         """Clear the bars away."""
-        self.progress.stop()
+        if self.shown:
+            self.progress.stop()
 
     def log(self, line: str) -> None:
         """Print a remark."""

@@ -40,7 +40,9 @@ def test_the_measurements_are_those_of_scikit_learn(images: MemoryImages, networ
     assert result.loss == pytest.approx(log_loss(true, probabilities, labels=labels), rel=1e-5)
     assert (result.confusion.numpy() == confusion_matrix(true, guesses, labels=labels)).all()
     rows = result.per_class()
-    assert [row["recall"] for row in rows] == pytest.approx(recall_score(true, guesses, labels=labels, average=None, zero_division=0))
+    assert [row["recall"] for row in rows] == pytest.approx(
+        recall_score(true, guesses, labels=labels, average=None, zero_division=0)
+    )
     # a class that is never guessed has no precision; scikit-learn says 0
     measured = [row["precision"] or 0.0 for row in rows]
     assert measured == pytest.approx(precision_score(true, guesses, labels=labels, average=None, zero_division=0))

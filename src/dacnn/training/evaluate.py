@@ -86,14 +86,14 @@ def evaluate(
     classes = images.classes
     device = next(network.parameters()).device
     processes = execution.processes if execution else 1
-    mine = torch.arange(rank, len(images), processes)
+    mine = torch.arange(len(images))[rank::processes]
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.float64, device=device)
     # top-5 hits, loss
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     training = network.training
     network.eval()
     done = 0
-    for batch, labels in ahead(images, torch.split(mine, batch_size), device):
+    for batch, labels in ahead(images, torch.split(mine, batch_size) if len(mine) else (), device):
         inputs = prepare(batch) if prepare else batch
         if execution:
             with execution.autocast():

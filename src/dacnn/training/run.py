@@ -213,8 +213,8 @@ def _train(
     if accelerator.device.type not in ("cpu", "cuda"):
         raise TrainingError(f"device '{accelerator.device.type}' is not supported: use --device cpu")
     execution = _execution(config.training, accelerator, state)
-    listener.log(execution.describe())
     splits = load_data(config.data, progress=listener.loading)
+    listener.log(execution.describe())
     network = Network(_fitted(plan, config, splits), torch.Generator().manual_seed(config.training.seed))
     torch.manual_seed(config.training.seed)
     loop = Loop(network, splits, config.training, accelerator, execution)

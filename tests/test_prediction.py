@@ -9,14 +9,19 @@ from PIL import Image
 
 import dacnn
 from dacnn.errors import DataError
-from dacnn.predict import find_images, predict
+from dacnn.prediction import find_images, predict
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     (tmp_path / "inner").mkdir()
-    for name, shape in {"b.png": (32, 32, 3), "a.jpg": (40, 64, 3), "inner/grey.png": (50, 32), "inner/c.webp": (8, 8, 4)}.items():
+    for name, shape in {
+        "b.png": (32, 32, 3),
+        "a.jpg": (40, 64, 3),
+        "inner/grey.png": (50, 32),
+        "inner/c.webp": (8, 8, 4),
+    }.items():
         Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
     return tmp_path
@@ -24,7 +29,13 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_folder_gives_its_images_sorted_and_a_file_itself(folder: Path) -> None:
     found = find_images([folder, folder / "b.png"])
-    assert [file.relative_to(folder).as_posix() for file in found] == ["a.jpg", "b.png", "inner/c.webp", "inner/grey.png", "b.png"]
+    assert [file.relative_to(folder).as_posix() for file in found] == [
+        "a.jpg",
+        "b.png",
+        "inner/c.webp",
+        "inner/grey.png",
+        "b.png",
+    ]
 
 
 def test_predictions_are_the_softmax_of_the_logits(folder: Path) -> None:
