@@ -132,7 +132,7 @@ def test_merging_changes_what_is_given_and_leaves_what_is_none() -> None:
     ("[training]\nepochs = \n", ["cannot be read as TOML"]),
     ("\x00", ["cannot be read as TOML"]),
     ("[training]\nepochs = 1\nepochs = 2\n", ["cannot be read as TOML"]),
-    ("[training]\nepochs = " + "9" * 5000 + "\n", ["epochs" if False else "a.toml"]),
+    ("[training]\nepochs = " + "9" * 5000 + "\n", ["a.toml"]),
     ("a = " + "[" * 100_000, ["cannot be read as TOML"]),
 ], ids=lambda value: repr(value)[:40])  # fmt: skip
 def test_a_document_of_another_form_is_refused(text: str, words: list[str], tmp_path: Path) -> None:
@@ -203,15 +203,18 @@ def test_numbers_that_are_none_are_refused(table: str, item: Any, value: float, 
     assert_refused_with(table, item, value, tmp_path, "expected a finite number")
 
 
-@pytest.mark.parametrize(("table", "item"), [(t, i) for t, i in FIELDS if kind_of(i) in (float, int)], ids=[
-    name for name, (_, i) in zip(NAMES, FIELDS, strict=True) if kind_of(i) in (float, int)
-])  # fmt: skip
-def test_numbers_beyond_every_float_are_refused_or_kept_without_another_error(table: str, item: Any, tmp_path: Path) -> None:
-    text = tomli_w.dumps({table: {item.name: 10**400}})
-    try:
-        assert getattr(getattr(read(text, tmp_path), table), item.name) == 10**400
-    except ConfigError as error:
-        assert item.name in str(error)
+@pytest.mark.parametrize("kind", [int, float])
+def test_numbers_beyond_every_float_are_refused_or_kept_without_another_error(kind: type, tmp_path: Path) -> None:
+    complaints = {}
+    for name, (table, item) in zip(NAMES, FIELDS, strict=True):
+        if kind_of(item) is kind:
+            try:
+                assert getattr(getattr(read(tomli_w.dumps({table: {item.name: 10**400}}), tmp_path), table), item.name) == 10**400
+            except ConfigError as error:
+                assert item.name in str(error)
+            except Exception as error:
+                complaints[name] = repr(error)
+    assert complaints == {}
 
 
 def test_two_channels_are_no_picture(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dacnn.data.batches import ahead, apply, augment, draw
-from dacnn.data.imageset import MemoryImages, StreamedImages, load_records, subset
+from dacnn.data.imageset import MemoryImages, StreamedImages, load_records
 from dacnn.data.records import FileStore, Records
 from dacnn.errors import ConfigError, DataError
 from dacnn.networks.plan import Input
@@ -119,17 +119,6 @@ def test_streamed_batches_are_those_of_the_memory_set(records):
     for (images, labels), (streamed_images, streamed_labels) in pairs:
         assert torch.equal(images, streamed_images)
         assert torch.equal(labels, streamed_labels)
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_a_subset_holds_the_chosen_images_in_order(records, in_memory):
-    images = load_records(records, Input(), in_memory=in_memory, name="")
-    chosen = torch.tensor([5, 2, 20])
-    part = subset(images, chosen)
-    assert type(part) is type(images)
-    assert len(part) == 3
-    assert torch.equal(part.gather(torch.arange(3)), images.gather(chosen))
-    assert torch.equal(part.labels, images.labels[chosen])
 
 
 def test_an_unreadable_image_surfaces_in_the_caller_after_the_batches_before_it(records):

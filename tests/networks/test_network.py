@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from reference import (
     REGULATORS,
     assert_equal_up_to_rounding,
     images_for,
+    one_thread,  # noqa: F401  (a fixture)
     plans,
     randomise,
     rank_of,
@@ -244,7 +246,7 @@ def assert_one_copy(network: Network) -> None:
     named = {name: tensor for name, tensor in network.named_parameters(remove_duplicate=False) if name.startswith("anchors.")}
     assert set(named) == {f"anchors.{name}" for name in kernels}
     assert [name for name in network.state_dict() if name.startswith("anchors.")] == [f"anchors.{name}" for name in kernels]
-    tensors = list(network.parameters()) + list(network.buffers())
+    tensors = list(network.state_dict().values())
     starts = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     assert len(starts) == len(tensors)
     own = [module for name, module in network.named_modules() if "regulator" not in name]
@@ -370,6 +372,15 @@ def test_a_channels_last_network_keeps_contiguous_tensors_that_safetensors_takes
     safetensors.torch.save_file(network.state_dict(), tmp_path / "plain.safetensors")
     read = safetensors.torch.load_file(tmp_path / "plain.safetensors")
     assert all(torch.equal(read[name], tensor) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["dacnn18-mix-reg", "dacnn3"])
+def test_a_channels_last_network_keeps_the_strides_of_every_tensor(name: str) -> None:
+    # a 1x1 kernel is contiguous in both formats at once, and a convolution takes the format from its strides
+    network = create(name, width=8, regulator="depthwise", seed=0)
+    before = {key: tensor.stride() for key, tensor in network.state_dict().items()}
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert {key: tensor.stride() for key, tensor in network.state_dict().items()} == before
 
 
 def test_activations_follow_the_memory_format_of_the_images() -> None:

@@ -14,7 +14,7 @@ from dacnn.errors import DacnnError, PlanError
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
 from dacnn.networks.zoo import DESIGNS, plan_of
-from reference import REGULATORS, is_of, plans, rank_of
+from reference import REGULATORS, changed, is_of, one_thread, plans, rank_of  # noqa: F401  (one_thread is a fixture)
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -93,23 +93,12 @@ def places_in(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(deeper for key, value in inner for deeper in places_in(value, (*path, key)))]
 
 
-def changed(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
-    """A copy of the tree with another value at `path`."""
-    if not path:
-        return value
-    copy = dict(tree) if isinstance(tree, dict) else list(tree)
-    copy[path[0]] = changed(tree[path[0]], path[1:], value)
-    return copy
-
-
 def without(tree: Any, path: tuple[Any, ...]) -> Any:
     """A copy of the tree that lacks what stands at `path`."""
     if len(path) == 1:
-        return (
-            {k: v for k, v in tree.items() if k != path[0]}
-            if isinstance(tree, dict)
-            else [*tree[: path[0]], *tree[path[0] + 1 :]]
-        )
+        copy = dict(tree) if isinstance(tree, dict) else list(tree)
+        del copy[path[0]]
+        return copy
     return changed(tree, path[:1], without(tree[path[0]], path[1:]))
 
 
@@ -156,13 +145,12 @@ def test_an_unknown_field_is_refused_by_name_wherever_it_stands() -> None:
                 Plan.from_json(json.dumps(changed(tree, path, {**node, "colour": 1})))
 
 
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+FLAT = SCALARS | st.lists(SCALARS) | st.dictionaries(st.text(), SCALARS)
+
+
 @few
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
-    )
-)
+@given(FLAT | st.lists(FLAT) | st.dictionaries(st.text(), FLAT))
 def test_json_that_is_no_plan_is_refused(junk: Any) -> None:
     with pytest.raises(PlanError, match="not a plan"):
         Plan.from_json(json.dumps(junk))
@@ -251,7 +239,7 @@ def test_a_shortcut_that_gives_other_channels_than_its_block_is_refused() -> Non
     ids=["wider", "smaller kernel", "narrower"],
 )
 def test_readers_that_disagree_on_their_kernels_shape_are_refused(second: Layer) -> None:
-    with pytest.raises(PlanError, match="layer 'second' needs a kernel of .* but 'shared' is .* for 'first'.*give it its own"):
+    with pytest.raises(PlanError, match=r"layer 'second' needs a kernel of .* but 'shared' is .* for 'first'.*give it its own"):
         plan_of_layers(Layer("first", "shared", 4, 4), second)
 
 

@@ -11,7 +11,7 @@ from dacnn.errors import ConfigError, DacnnError, PlanError, UnknownNameError
 from dacnn.networks.network import Network, create
 from dacnn.networks.plan import Input, Plan
 from dacnn.networks.zoo import DESIGNS, plan_of
-from reference import REGULATORS, rank_of
+from reference import REGULATORS, one_thread, rank_of  # noqa: F401  (one_thread is a fixture)
 
 # 100 classes, 3 input channels, convolutions without bias, affine norms, linear layer with bias
 STORED_PARAMETERS = {
@@ -179,7 +179,7 @@ def test_depth_is_free_in_number_and_in_each_stage(depths: tuple[int, ...]) -> N
 
 
 def test_an_unknown_network_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(UnknownNameError, match="unknown network 'dacn14'.*did you mean 'dacnn14'"):
+    with pytest.raises(UnknownNameError, match=r"unknown network 'dacn14'.*did you mean 'dacnn14'"):
         create("dacn14")
 
 
@@ -265,13 +265,13 @@ def test_a_rank_where_none_is_taken_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("changes", [{"regulator_rank": 4}, {"regulator_place": "after-norm"}])
 def test_words_about_a_regulator_need_a_regulator(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="need a network.regulator"):
+    with pytest.raises(ConfigError, match=r"need a network\.regulator"):
         create("dacnn14", **changes)
 
 
 @pytest.mark.parametrize("name", ["dacnn14", "dacnn3", "vgg16", "resnet18"])
 def test_an_unknown_regulator_is_refused_whatever_the_network_shares(name: str) -> None:
-    with pytest.raises(UnknownNameError, match="unknown regulator 'pointwize'.*did you mean 'pointwise'"):
+    with pytest.raises(UnknownNameError, match=r"unknown regulator 'pointwize'.*did you mean 'pointwise'"):
         create(name, width=8, regulator="pointwize")
 
 
@@ -308,10 +308,19 @@ def test_other_seeds_give_other_kernels() -> None:
 
 
 def test_kernels_start_with_the_variance_that_keeps_activations_level() -> None:
-    network = create("dacnn14", width=64, seed=0)
+    network = create("dacnn18", width=64, seed=0)
     kernel = network.anchors["width64"].detach()
     # 36,864 normal draws: the standard deviation of their standard deviation is 0.4 %, so 2 % is five of those
     assert float(kernel.std()) == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.02)
+
+
+def test_the_kernel_of_a_chain_starts_as_half_such_a_draw_and_the_identity() -> None:
+    chain, residual = (create(name, width=8, seed=0).anchors for name in ("dacnn14", "dacnn18"))
+    identity = torch.zeros(8, 8, 3, 3)
+    identity[range(8), range(8), 1, 1] = 1
+    assert torch.equal(chain["stem"], residual["stem"])
+    # the same draw, halved: float32 rounds once
+    torch.testing.assert_close(chain["width8"].detach(), 0.5 * residual["width8"].detach() + identity, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("wrong", [{"num_classes": 0}, {"in_channels": 0}, {"num_classes": -1}])

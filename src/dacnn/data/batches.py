@@ -170,7 +170,7 @@ def ahead(
     labels = image_set.labels
 
     def fetch(indices: Tensor) -> tuple[Tensor, Tensor]:
-        return image_set.gather(indices).to(device), labels[indices].to(device)
+        return image_set.gather(indices).to(device), labels[indices.to(labels.device)].to(device)
 
     if not isinstance(image_set, StreamedImages):
         yield from map(fetch, batches_of_indices)

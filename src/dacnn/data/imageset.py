@@ -51,7 +51,7 @@ class ImageSet(ABC):
             indices: int64, shape (B,), each from 0 to N - 1.
 
         Returns:
-            uint8 on the CPU, shape (B, H, W, C).
+            uint8, shape (B, H, W, C).
 
         Raises:
             DataError: An image cannot be decoded.
@@ -63,7 +63,7 @@ class MemoryImages(ImageSet):
     """All images decoded.
 
     Attributes:
-        images_nhwc: uint8 on the CPU, shape (N, H, W, C).
+        images_nhwc: uint8, shape (N, H, W, C).
         labels: int64, shape (N,).
         classes: Names of the classes.
     """
@@ -91,7 +91,11 @@ class MemoryImages(ImageSet):
 
     def gather(self, indices: Tensor) -> Tensor:
         """Some images, uint8, shape (B, H, W, C)."""
-        return self.images_nhwc.index_select(0, indices)
+        return self.images_nhwc.index_select(0, indices.to(self.images_nhwc.device))
+
+    def to(self, device: torch.device) -> "MemoryImages":
+        """The same images on a device, where batches are then gathered without waiting for the CPU."""
+        return MemoryImages(self.images_nhwc.to(device), self.labels.to(device), self.classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,26 +128,6 @@ class StreamedImages(ImageSet):
     def gather(self, indices: Tensor) -> Tensor:
         """Some images, decoded now, uint8, shape (B, H, W, C)."""
         return torch.from_numpy(_decode(self.records.select(indices.numpy()), self.input, None))
-
-
-def subset(image_set: ImageSet, indices: Tensor) -> ImageSet:
-    """Some images of a set, as a set of the same kind.
-
-    Args:
-        image_set: All images.
-        indices: int64, shape (B,).
-
-    Returns:
-        The subset; images in memory are copied, streamed ones are not.
-
-    Raises:
-        DataError: The set is of an unknown kind.
-    """
-    if isinstance(image_set, MemoryImages):
-        return MemoryImages(image_set.gather(indices), image_set.labels[indices], image_set.classes)
-    if isinstance(image_set, StreamedImages):
-        return StreamedImages(image_set.records.select(indices.numpy()), image_set.input)
-    raise DataError(f"a subset of {type(image_set).__name__} is not defined: expected images in memory or streamed")
 
 
 def load_records(records: Records, input: Input, *, in_memory: bool, name: str, progress: Progress | None = None) -> ImageSet:

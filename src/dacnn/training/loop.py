@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dacnn.config import TrainingConfig
 from dacnn.data.batches import ahead, apply, draw
+from dacnn.data.imageset import MemoryImages
 from dacnn.data.sources import Splits
 from dacnn.errors import ConfigError, DivergenceError
 from dacnn.networks.normalize import Normalize
@@ -83,6 +84,8 @@ class Loop:
                 f"training.crop is {config.crop}: expected less than the side of the images, {splits.input.height} pixels"
             )
         network.to(self.device)
+        # where they fit in memory they fit on a device; a step then waits for nothing
+        self.train = splits.train.to(self.device) if isinstance(splits.train, MemoryImages) else splits.train
         self.normalize = Normalize(splits.input).to(self.device)
         self.optimizer = make_optimizer(network, config)
         self.statistics = RunningStatistics(network)
@@ -93,8 +96,8 @@ class Loop:
         self.epoch = 0
         self.step = 0
         self.best_top1 = -1.0
-        # sums over the epoch so far: loss x images, hits, images
-        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        # sums over this process's images of the epoch so far: loss, hits
+        self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def prepare(self, images_nhwc: Tensor) -> Tensor:
         """Bring uint8 images to what the network takes, in the memory format of this training."""
@@ -130,7 +133,7 @@ class Loop:
         """This process's images and labels of every step that is left of the epoch."""
         order = torch.randperm(len(self.splits.train), generator=self._generator(self.epoch))
         indices = order[: self.steps * self.images_per_step].view(self.steps, -1)[self.step :, self._rank_slice()]
-        return ahead(self.splits.train, indices, self.device)
+        return ahead(self.train, indices, self.device)
 
     def train_epoch(self) -> Iterator[int]:
         """Train to the end of the epoch.
@@ -166,9 +169,7 @@ class Loop:
                     logits = self.model(self.prepare(x))
                 loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
                 self.accelerator.backward(loss / config.accumulate)
-            self.totals += torch.stack(
-                (loss.detach() * len(y), (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=self.device))
-            )
+            self.totals += torch.stack((loss.detach() * len(y), (logits.argmax(1) == y).sum()))
             if passes > 1:
                 self.statistics.end_pass()
         if passes > 1:
@@ -191,7 +192,8 @@ class Loop:
         """
         if self.step % _STEPS_BETWEEN_LOOKS[self.device.type] and self.step < self.steps:
             return None
-        loss, hits, images = self.check()
+        loss, hits = self.check()
+        images = self.step * self.config.batch_size * self.config.accumulate
         return loss / images, hits / images
 
     def check(self, sums: Tensor | None = None) -> list[float]:
@@ -201,7 +203,7 @@ class Loop:
             sums: Sums of the epoch; None: those of this process so far.
 
         Returns:
-            The sums of loss x images, of hits, and of images.
+            The sums of loss and hits.
 
         Raises:
             DivergenceError: The loss is no number any more.
@@ -239,7 +241,8 @@ class Loop:
         Returns:
             The record, and whether the network is the best so far.
         """
-        loss, hits, images = self.check(self.reduce(self.totals))
+        loss, hits = self.check(self.reduce(self.totals))
+        images = self.steps * self.images_per_step
         validation = self.validate(tick)
         best = validation is not None and validation.top1 > self.best_top1
         if best and validation:
