@@ -81,9 +81,8 @@ def test_what_is_loaded_computes_the_same_bits(name: str, tmp_path: Path) -> Non
 
 
 def test_input_and_class_names_come_back(tmp_path: Path) -> None:
-    plan = create("dacnn3", width=4, in_channels=1).plan.for_data(
-        Input(48, 40, 1, (0.3,), (0.7,), "pad"), ("Käse", "猫", "\ud800")
-    )
+    input = Input(48, 40, 1, (0.3,), (0.7,), "pad")
+    plan = create("dacnn3", width=4, in_channels=1).plan.for_data(input, ("Käse", "猫", "\ud800"))
     network = Network(plan)
     save(network, str(tmp_path / "a.safetensors"))
     loaded = load(str(tmp_path / "a.safetensors"))
@@ -223,9 +222,10 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
     assert "has no 'dacnn' metadata" in refused(path)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "null", "[]", "1", '"x"', "[" * 100_000, '{"a":' * 100_000], ids=lambda text: text[:6]
-)
+NO_OBJECTS = ["", "{", "null", "[]", "1", '"x"', "[" * 100_000, '{"a":' * 100_000, "9" * 5_000]
+
+
+@pytest.mark.parametrize("text", NO_OBJECTS, ids=lambda text: repr(text[:6]))
 def test_metadata_that_is_no_json_object_is_refused(text: str, file: Path) -> None:
     tensors, _ = parts(file)
     safetensors.torch.save_file(tensors, file, {"dacnn": text})
@@ -311,9 +311,10 @@ def test_kernels_that_are_no_floats_are_refused(file: Path) -> None:
 # ---------------------------------------------------------------- writing that fails
 
 
-@pytest.mark.parametrize(
-    "failure", [OSError(errno.ENOSPC, "No space left on device"), OSError("odd"), KeyboardInterrupt()], ids=repr
-)
+FAILURES = [OSError(errno.ENOSPC, "No space left on device"), OSError("odd"), KeyboardInterrupt()]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
     failure: BaseException, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

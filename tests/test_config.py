@@ -209,7 +209,9 @@ def test_numbers_beyond_every_float_are_refused_or_kept_without_another_error(ki
     for name, (table, item) in zip(NAMES, FIELDS, strict=True):
         if kind_of(item) is kind:
             try:
-                assert getattr(getattr(read(tomli_w.dumps({table: {item.name: 10**400}}), tmp_path), table), item.name) == 10**400
+                assert (
+                    getattr(getattr(read(tomli_w.dumps({table: {item.name: 10**400}}), tmp_path), table), item.name) == 10**400
+                )
             except ConfigError as error:
                 assert item.name in str(error)
             except Exception as error:

@@ -50,6 +50,7 @@ ORDER = [
     "training.run",
     "prediction",
     "draw",
+    "tables",
     "progress",
     "cli",
     "__main__",

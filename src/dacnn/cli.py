@@ -99,6 +99,9 @@ def train(
 
     Example: dacnn train dacnn14 --data cifar10 --recipe fast --width 64 --epochs 8 --out runs/first
     """
+    from accelerate import PartialState
+
+    from dacnn import tables
     from dacnn.measure.count import count
     from dacnn.progress import TrainingProgress
     from dacnn.training.run import train as train_run
@@ -116,24 +119,22 @@ def train(
         )
     finally:
         listener.close()
-    weights = result.weights
-    table = {
-        "run": str(result.run),
-        "weights": str(weights),
-        "weights_bytes": weights.stat().st_size,
-        **{f"best_{name}": value for name, value in result.best.to_table().items()},
-        **count(result.network).to_table(),
-    }
-    if json:
-        _print_json(table | {"epochs": [record.to_table() for record in result.records]})
+    if not PartialState().is_main_process:
         return
-    validation = result.best.validation_top1
-    print(f"run               {result.run}")
-    if validation is not None:
-        print(f"validation top-1  {validation:.2%} (epoch {result.best.epoch})")
-    print(f"parameters        {table['stored_parameters']:,} stored, {table['used_parameters']:,} used")
-    print(f"weights           {weights} ({table['weights_bytes']:,} bytes)")
-    print(f"next              dacnn eval {result.run}")
+    counts = count(result.network)
+    if not json:
+        tables.show(tables.training_summary(result, counts))
+        return
+    _print_json(
+        {
+            "run": str(result.run),
+            "weights": str(result.weights),
+            "weights_bytes": result.weights.stat().st_size,
+            **{f"best_{name}": value for name, value in result.best.to_table().items()},
+            **counts.to_table(),
+            "epochs": [record.to_table() for record in result.records],
+        }
+    )
 
 
 def eval(
@@ -151,17 +152,16 @@ def eval(
 
     Example: dacnn eval runs/first --png confusion.png
     """
-    from rich.console import Console
-    from rich.table import Table
-
+    from dacnn import tables
     from dacnn.checkpoint import load
     from dacnn.data.sources import load_test
     from dacnn.draw import draw_confusion
     from dacnn.measure.count import count
     from dacnn.progress import bar
     from dacnn.training.evaluate import evaluate
+    from dacnn.training.precision import best_device
 
-    network = load(run)
+    network = load(run).to(best_device())
     recorded = (run if run.is_dir() else run.parent) / "config.toml"
     if data is None and not recorded.is_file():
         raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --data")
@@ -176,29 +176,22 @@ def eval(
         result = evaluate(network, images, tick=tick)
     if png:
         draw_confusion(result, png)
-    if json:
-        _print_json(
-            {
-                "data": config.source,
-                "images": result.images,
-                "top1": result.top1,
-                "top5": result.top5,
-                "loss": result.loss,
-                "per_class": result.per_class(),
-                "confusion": result.confusion.tolist(),
-                **count(network).to_table(),
-            }
-        )
+    counts = count(network)
+    if not json:
+        tables.show(tables.evaluation_table(result, config.source, counts))
         return
-    table = Table(
-        "class", "images", "recall", "precision", title=f"{config.source}: {result.images:,} test images", title_justify="left"
+    _print_json(
+        {
+            "data": config.source,
+            "images": result.images,
+            "top1": result.top1,
+            "top5": result.top5,
+            "loss": result.loss,
+            "per_class": result.per_class(),
+            "confusion": result.confusion.tolist(),
+            **counts.to_table(),
+        }
     )
-    for row in result.per_class():
-        shares = ["-" if row[name] is None else f"{row[name]:.2%}" for name in ("recall", "precision")]
-        table.add_row(row["class"], f"{row['images']:,}", *shares)
-    console = Console()
-    console.print(table)
-    console.print(f"top-1 {result.top1:.2%}   top-5 {result.top5:.2%}   loss {result.loss:.4f}", highlight=False)
 
 
 def predict(
@@ -215,37 +208,31 @@ def predict(
 
     Example: dacnn predict runs/first photo.jpg holiday/
     """
-    from rich.console import Console
-    from rich.table import Table
-
+    from dacnn import tables
     from dacnn.checkpoint import load
     from dacnn.prediction import predict as predict_images
     from dacnn.progress import bar
+    from dacnn.training.precision import best_device
 
     if not images:
         raise ConfigError("no images: name one or more files or folders")
     if top < 1:
         raise ConfigError(f"--top is {top}: expected 1 or more")
     with bar("classifying") as tick:
-        predictions = predict_images(load(run), images, top=top, tick=tick)
-    if json:
-        _print_json(
-            [
-                {
-                    "path": str(prediction.path),
-                    "class": prediction.classes[0],
-                    "probabilities": dict(zip(prediction.classes, prediction.probabilities, strict=True)),
-                }
-                for prediction in predictions
-            ]
-        )
+        predictions = predict_images(load(run).to(best_device()), images, top=top, tick=tick)
+    if not json:
+        tables.show(tables.prediction_table(predictions))
         return
-    table = Table("image", "class", "probability", "then")
-    for prediction in predictions:
-        pairs = list(zip(prediction.classes, prediction.probabilities, strict=True))
-        then = ", ".join(f"{name} {probability:.1%}" for name, probability in pairs[1:])
-        table.add_row(str(prediction.path), pairs[0][0], f"{pairs[0][1]:.1%}", then)
-    Console().print(table)
+    _print_json(
+        [
+            {
+                "path": str(prediction.path),
+                "class": prediction.classes[0],
+                "probabilities": dict(zip(prediction.classes, prediction.probabilities, strict=True)),
+            }
+            for prediction in predictions
+        ]
+    )
 
 
 def models(
@@ -257,10 +244,7 @@ def models(
 
     Example: dacnn models --classes 10
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
+    from dacnn import tables
     from dacnn.measure.count import count
     from dacnn.networks.zoo import DESIGNS
 
@@ -281,21 +265,8 @@ def models(
         )
     if json:
         _print_json(rows)
-        return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{classes} classes, 3 x 32 x 32", title_justify="left")
-    for heading in ("name", "topology", "depths", "widths"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("stored", "used", "MACs"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        words = [
-            row["name"],
-            row["topology"],
-            "-".join(map(str, row["depths"])),
-            "-".join(map(str, dict.fromkeys(row["widths"]))),
-        ]
-        table.add_row(*words, f"{row['stored_parameters']:,}", f"{row['used_parameters']:,}", f"{row['macs'] / 1e6:,.0f} M")
-    Console().print(table)
+    else:
+        tables.show(tables.zoo_table(rows, classes))
 
 
 def show(
@@ -317,9 +288,7 @@ def show(
 
     Example: dacnn show dacnn18-mix-reg --png plan.png
     """
-    from rich.console import Console
-    from rich.table import Table
-
+    from dacnn import tables
     from dacnn.checkpoint import load
     from dacnn.draw import draw_plan
     from dacnn.measure.count import count
@@ -337,34 +306,11 @@ def show(
     counts = count(plan)
     if png:
         draw_plan(plan, png)
-    if json:
-        readers = {name: [layer.name for layer in layers] for name, layers in plan.readers().items()}
-        _print_json({"plan": _plain(plan), "readers": readers, **counts.to_table()})
+    if not json:
+        tables.show(tables.plan_table(plan, counts))
         return
-    table = Table("kernel", "shape", title=plan.name, title_justify="left")
-    table.add_column("parameters", justify="right")
-    table.add_column("readers", justify="right")
-    table.add_column("read by")
-    for name, layers in plan.readers().items():
-        shape = layers[0].kernel_shape
-        kinds = sorted({layer.regulator.kind for layer in layers if layer.regulator})
-        behind = f"  (+ {', '.join(kinds)})" if kinds else ""
-        size_of_kernel = f"{shape[0] * shape[1] * shape[2] * shape[3]:,}"
-        table.add_row(
-            name,
-            "x".join(map(str, shape)),
-            size_of_kernel,
-            str(len(layers)),
-            ", ".join(layer.name for layer in layers) + behind,
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{counts.stored_parameters:,} parameters stored, {counts.used_parameters:,} used "
-        f"({counts.used_parameters / counts.stored_parameters:.1f}x), {counts.macs / 1e6:,.1f} M multiply-adds an image, "
-        f"{counts.stored_bytes:,} bytes in float32",
-        highlight=False,
-    )
+    readers = {name: [layer.name for layer in layers] for name, layers in plan.readers().items()}
+    _print_json({"plan": _plain(plan), "readers": readers, **counts.to_table()})
 
 
 def _plan(config: NetworkConfig, classes: int, channels: int, size: int) -> "Plan":

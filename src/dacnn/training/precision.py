@@ -57,6 +57,11 @@ class Execution:
         return asdict(self)
 
 
+def best_device() -> str:
+    """The device to run a network on: `cuda` where there is one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def cpu_name() -> str:
     """Model name of the CPU, as the operating system gives it."""
     try:
