@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
     from dacnn.prediction import predict
     from dacnn.training.evaluate import evaluate
-    from dacnn.training.run import train
+    from dacnn.training.train import train
 
 # where each public name lives: loaded when it is first used, so that `dacnn --help` need not wait for torch
 _HOMES = {
@@ -37,7 +37,7 @@ _HOMES = {
     "predict": "prediction",
     "read_config": "config",
     "save": "checkpoint",
-    "train": "training.run",
+    "train": "training.train",
 }
 
 __all__ = [

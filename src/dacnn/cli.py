@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from dacnn import __version__
 from dacnn.config import DataConfig, NetworkConfig, TrainingConfig, read_config
-from dacnn.errors import ConfigError, DacnnError
+from dacnn.errors import ConfigError, DacnnError, Interrupted
 
 if TYPE_CHECKING:
     from dacnn.networks.plan import Plan
@@ -104,7 +104,7 @@ def train(
     from dacnn import tables
     from dacnn.measure.count import count
     from dacnn.progress import TrainingProgress
-    from dacnn.training.run import train as train_run
+    from dacnn.training.train import train as train_run
 
     listener = TrainingProgress()
     try:
@@ -347,6 +347,9 @@ def main(arguments: list[str] | None = None) -> None:
             args=words,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+    except Interrupted as stop:
+        print(f"dacnn: {stop}", file=sys.stderr)
+        sys.exit(130)
     except DacnnError as error:
         print(f"dacnn: error: {error}", file=sys.stderr)
         sys.exit(2)

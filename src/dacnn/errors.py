@@ -8,7 +8,8 @@
     ├── DataError               a data set or an image file
     ├── CheckpointError         a file of weights or a run directory
     └── TrainingError           a training that cannot go on
-        └── DivergenceError     the loss is no number any more
+        ├── DivergenceError     the loss is no number any more
+        └── Interrupted         somebody asked it to stop, and its state is saved
 
 A message says where, what it got, what it expected and what to do about it.
 """
@@ -66,3 +67,7 @@ class TrainingError(DacnnError, RuntimeError):
 
 class DivergenceError(TrainingError):
     """The loss is no number any more."""
+
+
+class Interrupted(TrainingError):
+    """Somebody asked the training to stop; its state is saved."""

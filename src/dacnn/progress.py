@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dacnn.config import Config
+from dacnn.training.listener import Listener
 from dacnn.training.loop import EpochRecord
-from dacnn.training.run import Listener
 
 console = Console(stderr=True)
 

@@ -12,7 +12,7 @@ from dacnn.measure.count import Counts
 from dacnn.networks.plan import Plan
 from dacnn.prediction import Prediction
 from dacnn.training.evaluate import Evaluation
-from dacnn.training.run import TrainResult
+from dacnn.training.train import TrainResult
 
 
 def show(content: RenderableType) -> None:
@@ -22,9 +22,7 @@ def show(content: RenderableType) -> None:
 
 def _table(title: str, *left: str, right: Iterable[str] = ()) -> Table:
     """An empty table; the columns on the right hold numbers."""
-    table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), title=title or None, title_justify="left"
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0, title=title or None, title_justify="left")
     for heading in left:
         table.add_column(heading)
     for heading in right:

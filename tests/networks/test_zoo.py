@@ -73,7 +73,8 @@ def test_the_unshared_twin_of_dacnn14_stores_what_the_paper_compares_it_with() -
 
 @pytest.mark.parametrize("name", sorted(DESIGNS))
 def test_stored_parameters_follow_from_the_plan_by_hand(name: str) -> None:
-    plan = planned(name, classes=7, width=8, regulator="low-rank", regulator_rank=2)
+    regulator = {} if DESIGNS[name].sharing == "none" else {"regulator": "low-rank", "regulator_rank": 2}
+    plan = planned(name, classes=7, width=8, **regulator)
     norms = sum(2 * layer.out_channels for layer in plan.layers())
     kernels = sum(math.prod(shape) for shape in {layer.kernel: layer.kernel_shape for layer in plan.layers()}.values())
     regulators = sum(2 * 2 * layer.out_channels for layer in plan.layers() if layer.regulator)
@@ -207,7 +208,7 @@ def test_an_input_that_cannot_be_halved_often_enough_is_refused(name: str, small
 
 
 @pytest.mark.parametrize("kind", REGULATORS)
-@pytest.mark.parametrize("name", ["dacnn14", "dacnn18", "dacnn18-mix", "dacnn14-mix", "resnet18"])
+@pytest.mark.parametrize("name", ["dacnn14", "dacnn18", "dacnn18-mix", "dacnn14-mix"])
 def test_before_the_norm_a_regulator_stands_behind_each_shared_convolution(name: str, kind: str) -> None:
     plan = planned(name, regulator=kind, regulator_rank=rank_of(kind))
     readers = plan.readers()
@@ -217,7 +218,7 @@ def test_before_the_norm_a_regulator_stands_behind_each_shared_convolution(name:
         assert layer.regulator is None or (layer.regulator.kind, layer.regulator.place) == (kind, "before-norm")
 
 
-@pytest.mark.parametrize("name", ["dacnn18", "dacnn34", "dacnn18-mix", "dacnn34-mix", "resnet18"])
+@pytest.mark.parametrize("name", ["dacnn18", "dacnn34", "dacnn18-mix", "dacnn34-mix"])
 def test_after_the_norm_a_regulator_stands_once_a_block_on_a_shared_last_layer(name: str) -> None:
     plan = planned(name, regulator="pointwise", regulator_place="after-norm")
     readers = plan.readers()
@@ -234,6 +235,11 @@ def test_the_mixed_networks_of_the_paper_regulate_each_block_behind_its_second_n
         regulated = [layer for layer in planned(name).layers() if layer.regulator]
         assert len(regulated) == blocks
         assert all(layer.regulator and layer.regulator.place == "after-norm" for layer in regulated)
+
+
+def test_a_regulated_design_that_is_told_to_share_nothing_has_no_regulators() -> None:
+    plan = planned("dacnn18-reg", width=8, sharing="none")
+    assert not any(layer.regulator for layer in plan.layers())
 
 
 @pytest.mark.parametrize("name", ["dacnn18-reg", "dacnn18-mix-reg"])

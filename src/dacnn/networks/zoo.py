@@ -11,6 +11,7 @@ from typing import Literal
 from dacnn.config import NetworkConfig, Sharing
 from dacnn.errors import ConfigError, UnknownNameError
 from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage, own_kernel
+from dacnn.sharing.regulators import check_regulator
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def _regulator(config: NetworkConfig, designed: Regulator | None) -> Regulator |
             )
         return None
     place = config.regulator_place or (designed.place if designed else "before-norm")
-    return Regulator(kind, place, config.regulator_rank or (designed.rank if designed else None))
+    rank = config.regulator_rank or (designed.rank if designed else None)
+    check_regulator(kind, rank)
+    return Regulator(kind, place, rank)
 
 
 def spell(name: str, design: Design, input: Input, classes: tuple[str, ...]) -> Plan:

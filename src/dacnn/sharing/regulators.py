@@ -95,6 +95,25 @@ REGULATORS: dict[str, Callable[[int], nn.Module]] = {
 RANKED_REGULATORS: dict[str, Callable[[int, int], nn.Module]] = {"low-rank": LowRank}
 
 
+def check_regulator(kind: str, rank: int | None) -> None:
+    """Refuse what `make_regulator` cannot make.
+
+    Args:
+        kind: One of `REGULATORS` or `RANKED_REGULATORS`.
+        rank: Rank, for the kinds that have one.
+
+    Raises:
+        UnknownNameError: The kind is not in the registry.
+        PlanError: A rank is missing, or given to a kind that has none.
+    """
+    if kind not in REGULATORS and kind not in RANKED_REGULATORS:
+        raise UnknownNameError("regulator", kind, [*REGULATORS, *RANKED_REGULATORS])
+    if kind in RANKED_REGULATORS and rank is None:
+        raise PlanError(f"regulator '{kind}' has no rank: give one, such as 8")
+    if kind in REGULATORS and rank is not None:
+        raise PlanError(f"regulator '{kind}' takes no rank, got {rank}: leave it out, or use {', '.join(RANKED_REGULATORS)}")
+
+
 def make_regulator(kind: str, channels: int, rank: int | None = None) -> nn.Module:
     """Make a regulator by name.
 
@@ -110,12 +129,7 @@ def make_regulator(kind: str, channels: int, rank: int | None = None) -> nn.Modu
         UnknownNameError: The kind is not in the registry.
         PlanError: A rank is missing, or given to a kind that has none.
     """
-    if kind in RANKED_REGULATORS:
-        if rank is None:
-            raise PlanError(f"regulator '{kind}' has no rank: give one, such as 8")
-        return RANKED_REGULATORS[kind](channels, rank)
-    if kind not in REGULATORS:
-        raise UnknownNameError("regulator", kind, [*REGULATORS, *RANKED_REGULATORS])
+    check_regulator(kind, rank)
     if rank is not None:
-        raise PlanError(f"regulator '{kind}' takes no rank, got {rank}: leave it out, or use {', '.join(RANKED_REGULATORS)}")
+        return RANKED_REGULATORS[kind](channels, rank)
     return REGULATORS[kind](channels)

@@ -16,11 +16,22 @@ class RunningStatistics:
 
     def __init__(self, network: nn.Module) -> None:
         """Find the statistics of `network`."""
-        norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
-        self.moments: list[Tensor] = [moment for norm in norms for moment in (norm.running_mean, norm.running_var)]  # type: ignore[misc]
-        self.counters: list[Tensor] = [norm.num_batches_tracked for norm in norms]  # type: ignore[misc]
+        self._norms = [
+            module for module in network.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
+        ]
         self._before: list[Tensor] = []
         self._sums: list[Tensor] = []
+
+    # looked up anew each time: a wrapper for several processes may put other tensors in the places of the buffers
+    @property
+    def moments(self) -> list[Tensor]:
+        """Running mean and running variance of every norm."""
+        return [moment for norm in self._norms for moment in (norm.running_mean, norm.running_var) if moment is not None]
+
+    @property
+    def counters(self) -> list[Tensor]:
+        """How many passes every norm has seen."""
+        return [norm.num_batches_tracked for norm in self._norms if norm.num_batches_tracked is not None]
 
     @torch.no_grad()
     def begin_step(self) -> None:

@@ -1,0 +1,227 @@
+"""From a recipe and images to a trained network in a run directory."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+
+from dacnn.checkpoint import load, weights_path
+from dacnn.config import Config, TrainingConfig
+from dacnn.data.sources import Splits, load_data
+from dacnn.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from dacnn.networks.network import Network
+from dacnn.networks.plan import Plan
+from dacnn.networks.zoo import design_of, plan_of
+from dacnn.training.interrupt import deferred_interrupts
+from dacnn.training.listener import Listener
+from dacnn.training.loop import EpochRecord, Loop
+from dacnn.training.precision import Execution, choose
+from dacnn.training.recipe import load_recipe
+from dacnn.training.run import Run
+from dacnn.training.state import restore_state
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training leaves.
+
+    Attributes:
+        network: The best network on the validation images (the last one, where there are none), in evaluation mode.
+        run: The run directory.
+        config: Everything that was chosen.
+        records: What was measured behind each epoch.
+    """
+
+    network: Network
+    run: Path
+    config: Config
+    records: tuple[EpochRecord, ...]
+
+    @property
+    def weights(self) -> Path:
+        """The file that `network` was read from."""
+        return weights_path(self.run)
+
+    @property
+    def best(self) -> EpochRecord:
+        """The epoch that `network` comes from."""
+        measured = [record for record in self.records if record.validation_top1 is not None]
+        # the first of several that are equally good, as the loop chose
+        return max(measured, key=lambda record: record.validation_top1 or 0.0) if measured else self.records[-1]
+
+
+def configure(network: str | None = None, data: str | None = None, recipe: str | None = None, **overrides: Any) -> Config:
+    """Put a config together: a recipe, and what is chosen over it.
+
+    Args:
+        network: Name of a network, over the recipe's.
+        data: A data set, over the recipe's.
+        recipe: A recipe's name or file; None: `digits` for the digits, `fast` for everything else.
+        **overrides: Fields of the three configs by name: `epochs`, `width`, `lr`, ... None leaves the recipe's value.
+
+    Returns:
+        The config.
+
+    Raises:
+        UnknownNameError: There is no such recipe, network, regulator or setting.
+        ConfigError: A value is out of range.
+    """
+    base = load_recipe(recipe or ("digits" if data in (None, "digits") else "fast"))
+    config = base.merged(Config.sorted_into_tables({"name": network, "source": data, **overrides}))
+    design_of(config.network)
+    return config
+
+
+def train(
+    network: str | Plan | None = None,
+    *,
+    data: str | None = None,
+    recipe: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    config: Config | None = None,
+    listener: Listener | None = None,
+    **overrides: Any,
+) -> TrainResult:
+    """Train a network on images, into a run directory.
+
+    Args:
+        network: A name of the zoo, or a plan whose layers are kept while input and classes come from the data.
+            None: the recipe's.
+        data: A data set: `digits`, `cifar10`, a folder, ... None: the recipe's.
+        recipe: A recipe's name or TOML file; None: `digits` for the digits, else `fast`.
+        out: The run directory; None: a new one under `runs/`.
+        resume: Go on with the run in `out` where it stopped, under its own config; a run that was killed before it
+            began is begun.
+        config: A whole config, instead of data, recipe and overrides.
+        listener: Told how it goes.
+        **overrides: Fields of the configs over the recipe's: `epochs=20, width=32, seed=1`.
+
+    Returns:
+        The trained network and what was measured.
+
+    Raises:
+        ConfigError: A value is out of range.
+        DataError: The data cannot be read.
+        CheckpointError: The run directory holds another run, or cannot be resumed or written.
+        DivergenceError: The loss became infinite or no number.
+        Interrupted: A signal asked to stop; the state is saved.
+
+    Example:
+        >>> result = dacnn.train("dacnn14", data="digits", epochs=8)  # doctest: +SKIP
+        >>> result.best.validation_top1  # doctest: +SKIP
+        0.986
+    """
+    plan = network if isinstance(network, Plan) else None
+    name = None if isinstance(network, Plan) else network
+    chosen = {"name": name, "source": data, **overrides}
+    if config is None:
+        config = configure(name, data, recipe, **overrides)
+    elif recipe or any(value is not None for value in chosen.values()):
+        raise ConfigError("train got a config and settings beside it: change the config instead")
+    if resume and out is None:
+        raise ConfigError("--resume: which run? name its directory with --out")
+    # one process chooses the directory, and all are told which it is
+    stem = f"{config.network.name}-{Path(config.data.source).name}"
+    found = [Run(Path(out)) if out else Run.unused(stem)]
+    PartialState(cpu=config.training.device == "cpu")
+    run: Run = broadcast_object_list(found)[0]
+    if run.exists:
+        if not resume:
+            raise CheckpointError(f"{run.path}: already holds a run: go on with it by --resume, or choose another --out")
+        config, plan = run.config(), run.plan()
+        run.check_same(config, Config.sorted_into_tables(chosen))
+    return _train(config, plan, run, listener or Listener())
+
+
+def _train(config: Config, plan: Plan | None, run: Run, listener: Listener) -> TrainResult:
+    accelerator = Accelerator(cpu=config.training.device == "cpu", log_with="tensorboard", project_dir=str(run.path))
+    if accelerator.device.type not in ("cpu", "cuda"):
+        raise TrainingError(f"device '{accelerator.device.type}' is not supported: use --device cpu")
+    if not accelerator.is_main_process:
+        listener = Listener()
+    state = run.state()
+    execution = _execution(config.training, accelerator, state[1]["execution"] if state else {})
+    splits = load_data(config.data, progress=listener.loading)
+    listener.log(execution.describe())
+    network = Network(_fitted(plan, config, splits), torch.Generator().manual_seed(config.training.seed))
+    torch.manual_seed(config.training.seed)
+    loop = Loop(network, splits, config.training, accelerator, execution)
+    if state:
+        restore_state(loop, *state, run.state_path)
+    records = run.records(loop.epoch)
+    # nothing is written before everything that was given has been looked at
+    if accelerator.is_main_process:
+        run.create(config, plan)
+        run.write_records(records)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("tensorboard")
+    listener.started(config, loop.epoch, loop.steps, loop.images_per_step)
+    try:
+        _run_epochs(loop, run, records, listener)
+    finally:
+        # not accelerator.end_training(), which would end the process group that a next training needs
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    accelerator.wait_for_everyone()
+    return TrainResult(load(run.path), run.path, config, tuple(records))
+
+
+def _execution(config: TrainingConfig, accelerator: Accelerator, before: dict[str, Any]) -> Execution:
+    """How to run here; a resumed run takes the threads it had before where none are asked for."""
+    threads = config.threads or before.get("threads")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return choose(config, accelerator.device.type, accelerator.num_processes)
+
+
+def _fitted(plan: Plan | None, config: Config, splits: Splits) -> Plan:
+    """The plan to train, with the data's input and classes."""
+    if plan is None:
+        return plan_of(config.network, splits.input, splits.classes)
+    if (plan.input.channels, len(plan.classes)) != (splits.input.channels, len(splits.classes)):
+        raise ConfigError(
+            f"plan '{plan.name}' takes {plan.input.channels} channels and tells {len(plan.classes)} classes apart, "
+            f"'{splits.name}' has {splits.input.channels} and {len(splits.classes)}: make the plan for this data set"
+        )
+    return plan.for_data(splits.input, splits.classes)
+
+
+def _run_epochs(loop: Loop, run: Run, records: list[EpochRecord], listener: Listener) -> None:
+    """Train to the last epoch; behind each of them everything is on disk before the next begins."""
+    main = loop.accelerator.is_main_process
+    with deferred_interrupts() as interrupts:
+        while loop.epoch < loop.config.epochs:
+            started, first_step, saved = time.perf_counter(), loop.step, time.monotonic()
+            for step in loop.train_epoch():
+                seen = loop.look()
+                if seen:
+                    listener.stepped(loop.epoch + 1, step, loop.steps, *seen)
+                due = time.monotonic() - saved > 60 * loop.config.checkpoint_minutes
+                if (interrupts.requested or due) and step < loop.steps:
+                    loop.check()
+                    if main:
+                        run.save_state(loop)
+                    saved = time.monotonic()
+                    _stop_if(interrupts.requested, loop, run)
+            images, seconds = (loop.steps - first_step) * loop.images_per_step, time.perf_counter() - started
+            record, best = loop.end_epoch(listener.evaluating, images, seconds)
+            records.append(record)
+            if main:
+                run.save_epoch(loop, records, best)
+            measured = {name: value for name, value in record.to_table().items() if value is not None}
+            loop.accelerator.log(measured, step=record.epoch)
+            listener.epoch_ended(record, best)
+            _stop_if(interrupts.requested and loop.epoch < loop.config.epochs, loop, run)
+
+
+def _stop_if(requested: bool, loop: Loop, run: Run) -> None:
+    if requested:
+        raise Interrupted(
+            f"stopped in epoch {loop.epoch + 1} of {loop.config.epochs}, the state is saved: "
+            f"go on with `dacnn train --resume --out {run.path}`"
+        )
