@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save as to_safetensors_bytes
 from torch import Tensor
 
-from dacnn.errors import CheckpointError, PlanError
+from dacnn.errors import CheckpointError, DacnnError
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
 
@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(handle)
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written: {error.strerror}: expected an existing folder with room in it"
+            f"{path}: cannot be written: {error.strerror or error}: expected an existing folder with room in it"
         ) from None
     beside = Path(name)
     try:
@@ -56,7 +56,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from None
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -100,7 +100,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         raise CheckpointError(f"{path}: not a readable .safetensors file: {error}") from None
     try:
         metadata = json.loads(text or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise CheckpointError(
@@ -119,7 +119,11 @@ def save(network: Network, path: str | Path) -> None:
     Raises:
         CheckpointError: The file cannot be written.
     """
-    save_tensors(Path(path), network.state_dict(), {"format": _FORMAT, "plan": json.loads(network.plan.to_json())})
+    save_tensors(
+        Path(path),
+        getattr(network, "_orig_mod", network).state_dict(),
+        {"format": _FORMAT, "plan": json.loads(network.plan.to_json())},
+    )
 
 
 def load(path: str | Path) -> Network:
@@ -140,10 +144,10 @@ def load(path: str | Path) -> Network:
         raise CheckpointError(f"{path}: is of format {metadata.get('format')}, this version reads {_FORMAT}: use a newer dacnn")
     try:
         plan = Plan.from_json(json.dumps(metadata.get("plan")))
-    except PlanError as error:
+        with torch.device("meta"):
+            network = Network(plan)
+    except DacnnError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    with torch.device("meta"):
-        network = Network(plan)
     _check_fit(network, tensors, path)
     network = network.to_empty(device="cpu")
     network.load_state_dict(tensors)
@@ -173,11 +177,16 @@ def weights_path(path: Path) -> Path:
 
 def _check_fit(network: Network, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Refuse a file whose tensors are not those of its plan."""
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    wanted = network.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(
                 f"{path}: tensor '{name}' has shape {found.get(name, 'none')}, the plan in the file expects "
                 f"{expected.get(name, 'none')}: the file is damaged or was edited"
+            )
+        if tensors[name].is_floating_point() != wanted[name].is_floating_point():
+            raise CheckpointError(
+                f"{path}: tensor '{name}' is of {tensors[name].dtype}, expected {wanted[name].dtype}: the file was edited"
             )

@@ -82,11 +82,17 @@ class Checked:
             where = f"{type(self).__name__.removesuffix('Config').lower()}.{item.name}"
             if not _admits(item.type, value):
                 raise ConfigError(f"{where} is {value!r}: expected {_spelled(item.type)}")
+            if value == ():
+                raise ConfigError(f"{where} is empty: expected {_spelled(item.type)}, or leave it out")
             low, high = item.metadata.get("low"), item.metadata.get("high")
             for number in value if isinstance(value, tuple) else (value,):
                 if not isinstance(number, int | float):
                     continue
-                if not math.isfinite(number) or (low is not None and number < low) or (high is not None and number > high):
+                if (
+                    (isinstance(number, float) and not math.isfinite(number))
+                    or (low is not None and number < low)
+                    or (high is not None and number > high)
+                ):
                     bounds = " and ".join(
                         words
                         for words in (f"at least {low}" * (low is not None), f"at most {high}" * (high is not None))
@@ -166,7 +172,7 @@ class TrainingConfig(Checked):
     accumulate: int = setting(1, "forward passes whose gradients are averaged into one step", low=1)
     optimizer: Literal["sgd", "adamw"] = setting("sgd", "sgd (Nesterov momentum) or adamw")
     lr: float = setting(0.1, "peak learning rate", low=0.0)
-    anchor_lr: float = setting(1.0, "factor on the learning rate of kernels with several readers", low=0.0)
+    anchor_lr: float = setting(1.0, "factor on the learning rate of kernels with several readers", low=0.001)
     momentum: float = setting(0.9, "momentum of sgd, first beta of adamw", low=0.0, high=0.9999)
     weight_decay: float = setting(5e-4, "weight decay of kernels and matrices (never of norms and biases)", low=0.0)
     schedule: Literal["cosine", "one-cycle"] = setting("cosine", "cosine, or one-cycle: linear up, linear down to zero")
@@ -279,6 +285,6 @@ def read_config(path: Path) -> Config:
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
     return Config.from_tables(tables, str(path))

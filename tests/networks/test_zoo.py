@@ -340,5 +340,5 @@ def test_create_refuses_a_change_that_does_not_exist_and_names_those_that_do() -
 
 def test_a_plan_takes_no_changes() -> None:
     plan = planned("dacnn3", width=4)
-    with pytest.raises(DacnnError, match="a plan takes no changes, got width"):
+    with pytest.raises(DacnnError, match="create got a plan and width: change the plan"):
         create(plan, width=8)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dacnn.config import NetworkConfig
-from dacnn.errors import ShapeError
+from dacnn.errors import ConfigError, ShapeError
 from dacnn.networks.normalize import Normalize
 from dacnn.networks.plan import Block, Input, Layer, Plan
 from dacnn.networks.zoo import plan_of
@@ -24,6 +24,18 @@ def _reader(layer: Layer) -> Reader:
     if regulator is None:
         return Reader(layer.out_channels)
     return Reader(layer.out_channels, make_regulator(regulator.kind, layer.out_channels, regulator.rank), regulator.place)
+
+
+def _refill(network: nn.Module, incompatible: object) -> None:
+    """The statistics of the input are in no state dict: whoever loads one into empty memory gets them from the plan."""
+    assert isinstance(network, Network)
+    network.normalize.reset_statistics(network.classifier.weight.device)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    # not `contiguous()`: a 1x1 kernel is contiguous in both formats at once, and a convolution reads its format off the strides
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    return tensor if tensor.stride() == strides else tensor.clone(memory_format=torch.contiguous_format)
 
 
 class PlannedBlock(nn.Module):
@@ -86,6 +98,7 @@ class Network(nn.Module):
         self.stages = nn.ModuleList([nn.ModuleList([PlannedBlock(block) for block in stage.blocks]) for stage in plan.stages])
         self.classifier = nn.Linear(plan.features, len(plan.classes))
         self.reset_parameters(generator)
+        self.register_load_state_dict_post_hook(_refill)  # type: ignore[no-untyped-call]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw kernels, low-rank regulators and the linear layer anew.
@@ -107,7 +120,7 @@ class Network(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Parameters stay contiguous whatever memory format is asked for: what is saved is the same bytes, safetensors
         # takes it, and a convolution follows the format of its input anyway.
-        super()._apply(lambda tensor: fn(tensor).contiguous(), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(lambda tensor: _plain(fn(tensor)), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -142,8 +155,8 @@ class Network(nn.Module):
 def create(
     network: str | Plan | NetworkConfig,
     *,
-    num_classes: int = 10,
-    in_channels: int = 3,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
     seed: int | None = None,
     **changes: object,
 ) -> Network:
@@ -151,8 +164,8 @@ def create(
 
     Args:
         network: A name of the zoo (`dacnn models` lists them), a config, or a Plan.
-        num_classes: Number of classes K; a plan knows its own.
-        in_channels: Channels of an input image; a plan knows its own.
+        num_classes: Number of classes K; None: 10. A plan knows its own.
+        in_channels: Channels of an input image; None: 3. A plan knows its own.
         seed: Seed of the start values; None draws from PyTorch's global generator.
         **changes: Fields of `NetworkConfig`: `width`, `depths`, `sharing`, `regulator`, ...
 
@@ -170,16 +183,20 @@ def create(
         >>> sum(parameter.numel() for parameter in network.parameters())
         167140
     """
-    if not isinstance(network, Plan):
+    if isinstance(network, Plan):
+        given = [name for name, value in {"num_classes": num_classes, "in_channels": in_channels, **changes}.items() if value is not None]
+        if given:
+            raise ConfigError(f"create got a plan and {', '.join(given)}: change the plan instead")
+        plan = network
+    else:
+        classes = 10 if num_classes is None else num_classes
+        channels = 3 if in_channels is None else in_channels
+        if min(classes, channels) < 1:
+            raise ConfigError(f"num_classes is {classes} and in_channels {channels}: expected 1 or more of each")
         table = network.to_table() if isinstance(network, NetworkConfig) else {"name": network}
-        config = NetworkConfig.from_table(
-            table | {name: list(v) if isinstance(v, tuple) else v for name, v in changes.items()}, "create"
-        )
-        if num_classes < 1 or in_channels < 1:
-            raise ShapeError(f"num_classes is {num_classes} and in_channels {in_channels}: expected 1 or more of each")
-        input = Input(channels=in_channels, mean=(0.5,) * in_channels, std=(0.25,) * in_channels)
-        network = plan_of(config, input, tuple(map(str, range(num_classes))))
-    elif changes:
-        raise ShapeError(f"a plan takes no changes, got {', '.join(changes)}: change the plan")
+        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
+        config = NetworkConfig.from_table(table | lists, "create")
+        input = Input(channels=channels, mean=(0.5,) * channels, std=(0.25,) * channels)
+        plan = plan_of(config, input, tuple(map(str, range(classes))))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return Network(network, generator)
+    return Network(plan, generator)

@@ -24,11 +24,13 @@ class Normalize(nn.Module):
         self.reset_statistics()
 
     @torch.no_grad()
-    def reset_statistics(self) -> None:
+    def reset_statistics(self, device: torch.device | None = None) -> None:
         """Fill the buffers from the input's description, as after `to_empty`."""
         mean = torch.tensor(self.input.mean, dtype=torch.float64, device="cpu")
         std = torch.tensor(self.input.std, dtype=torch.float64, device="cpu")
         # one multiply-add per value: (x / 255 - mean) / std
+        if self.scale.is_meta and device is not None:
+            self.to_empty(device=device)
         self.scale.copy_(1 / (255 * std))
         self.shift.copy_(-mean / std)
 

@@ -6,13 +6,19 @@ whatever runs the network elsewhere is built from it too.
 
 import dataclasses
 import json
+import math
+import types
+import typing
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from dacnn.config import Fit, RegulatorPlace
 from dacnn.errors import PlanError
+
+# more channels or pixels of a kernel than this are a mistake
+_LARGEST = 2**20
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,11 @@ class Input:
                 f"input has {self.channels} channels, {len(self.mean)} means and {len(self.std)} standard deviations: "
                 "give one of each per channel"
             )
-        if min(self.std) <= 0:
-            raise PlanError(f"input.std is {self.std}: expected positive numbers")
+        # 1 and 1.0 are equal but are other text
+        object.__setattr__(self, "mean", tuple(map(float, self.mean)))
+        object.__setattr__(self, "std", tuple(map(float, self.std)))
+        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
+            raise PlanError(f"input.mean is {self.mean}, input.std is {self.std}: expected finite numbers, std positive")
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,13 @@ class Regulator:
     kind: str
     place: RegulatorPlace = "before-norm"
     rank: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check place and rank; the kind is checked by the registry that owns it."""
+        if self.place not in typing.get_args(RegulatorPlace):
+            raise PlanError(f"regulator.place is {self.place!r}: expected {' or '.join(typing.get_args(RegulatorPlace))}")
+        if self.rank is not None and self.rank < 1:
+            raise PlanError(f"regulator.rank is {self.rank}: expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,11 @@ class Block:
     layers: tuple[Layer, ...]
     residual: bool = False
     shortcut: Layer | None = None
+
+    def __post_init__(self) -> None:
+        """Check that there is something to run."""
+        if not self.layers:
+            raise PlanError("a block has no layers: expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -138,16 +159,20 @@ class Plan:
         if doubled:
             raise PlanError(f"plan '{self.name}' has several layers named '{doubled[0]}': give each its own name")
         for layer in self.layers():
-            if min(layer.in_channels, layer.out_channels) < 1 or layer.kernel_size % 2 == 0:
+            if not layer.kernel or "." in layer.kernel:
+                raise PlanError(f"layer '{layer.name}' reads kernel '{layer.kernel}': expected a name without dots")
+            sizes = layer.kernel_shape
+            if min(sizes) < 1 or max(sizes) > _LARGEST or layer.kernel_size % 2 == 0:
                 raise PlanError(
                     f"layer '{layer.name}' has shape {layer.kernel_shape}: expected channels of 1 or more, an odd size"
                 )
         self._check_channels()
         self.kernels()
         if min(self.input.height, self.input.width) < self.smallest_side:
+            pools = self._pools()
             raise PlanError(
                 f"input of {self.input.height}x{self.input.width} is too small for plan '{self.name}', which halves it "
-                f"{self._pools()} times: expected at least {self.smallest_side} pixels a side"
+                f"{pools} times: expected at least {self.smallest_side if pools < 64 else f'2**{pools}'} pixels a side"
             )
 
     def _check_channels(self) -> None:
@@ -261,13 +286,13 @@ class Plan:
         """
         try:
             return _from_plain(cls, json.loads(text))  # type: ignore[no-any-return]
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise PlanError(f"not a plan: {error}") from None
 
 
 def own_kernel(layer_name: str) -> str:
     """Name of the kernel that only this layer reads (a parameter's name may hold no dot)."""
-    return layer_name.replace(".", "_")
+    return layer_name.replace("_", "__").replace(".", "_")
 
 
 def _to_plain(value: Any) -> Any:
@@ -278,31 +303,21 @@ def _to_plain(value: Any) -> Any:
     return [_to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-# the dataclass that each field holds, alone or in a tuple
-_NESTED = {
-    "input": Input,
-    "stem": Layer,
-    "stages": Stage,
-    "blocks": Block,
-    "layers": Layer,
-    "shortcut": Layer,
-    "regulator": Regulator,
-}
-_SCALARS = {str, int, bool}
-
-
-def _from_plain(kind: Any, table: Mapping[str, Any]) -> Any:
-    """The inverse of `_to_plain` for one dataclass; refuses values of another type than the field's."""
-    values: dict[str, Any] = {}
-    types = {item.name: item.type for item in dataclasses.fields(kind)}
-    for name, content in table.items():
-        if name not in types:
-            raise ValueError(f"{kind.__name__} has no field '{name}'")
-        if types[name] in _SCALARS and type(content) is not types[name]:
-            raise ValueError(f"{kind.__name__}.{name} is {content!r}")
-        nested = _NESTED.get(name)
-        if isinstance(content, list):
-            values[name] = tuple(_from_plain(nested, item) if nested else item for item in content)
-        else:
-            values[name] = _from_plain(nested, content) if nested and content is not None else content
-    return kind(**values)
+def _from_plain(kind: Any, value: Any) -> Any:
+    """The inverse of `_to_plain` for a value of the annotated type `kind`; refuses values of any other type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _from_plain(arguments[0], value)
+    if origin is tuple and type(value) is list:
+        return tuple(_from_plain(arguments[0], item) for item in value)
+    if origin is Literal and type(value) is str and value in arguments:
+        return value
+    if dataclasses.is_dataclass(kind) and type(value) is dict:
+        hints = typing.get_type_hints(kind)
+        for name in value:
+            if name not in hints:
+                raise ValueError(f"{getattr(kind, '__name__', kind)} has no field '{name}'")
+        return kind(**{name: _from_plain(hints[name], content) for name, content in value.items()})  # type: ignore[operator]
+    if type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise ValueError(f"{value!r} stands where {getattr(kind, '__name__', kind)} is expected"[:500])

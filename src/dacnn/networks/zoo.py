@@ -191,4 +191,9 @@ def plan_of(config: NetworkConfig, input: Input, classes: tuple[str, ...]) -> Pl
         ConfigError: A change does not fit the design.
         PlanError: The plan cannot exist.
     """
-    return spell(config.name, design_of(config), input, classes)
+    plan = spell(config.name, design_of(config), input, classes)
+    if config.regulator not in (None, "none") and not any(layer.regulator for layer in plan.layers()):
+        raise ConfigError(
+            f"network.regulator is '{config.regulator}': no kernel of '{plan.name}' has several readers for it to stand behind"
+        )
+    return plan

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from dacnn.errors import PlanError
+
 
 class Anchors(nn.Module):
     """The kernels of a network, each stored once."""
@@ -23,6 +25,8 @@ class Anchors(nn.Module):
         """
         super().__init__()
         for name, shape in shapes.items():
+            if hasattr(self, name):
+                raise PlanError(f"kernel '{name}' has the name of something that every module has: choose another")
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def __getitem__(self, name: str) -> Tensor:

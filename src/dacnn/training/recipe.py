@@ -58,9 +58,11 @@ def parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[st
     for parameter in network.parameters():
         if not parameter.requires_grad:
             continue
-        lr = config.lr * (config.anchor_lr if id(parameter) in shared else 1.0)
-        # norms and biases are vectors: decaying them changes what the network can say, not how large it is
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        factor = config.anchor_lr if id(parameter) in shared else 1.0
+        lr = config.lr * factor
+        # norms and biases are vectors: decaying them changes what the network can say, not how large it is;
+        # a step decays by rate times decay, and a slower kernel shall not decay more slowly
+        decay = config.weight_decay / factor if parameter.ndim > 1 else 0.0
         groups.setdefault((lr, decay), []).append(parameter)
     return [{"params": members, "peak_lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
 
