@@ -208,6 +208,22 @@ def test_a_plan_of_ones_own_trains(tmp_path: Path) -> None:
         dacnn.train(dacnn.create("dacnn5", width=8).plan, data="digits", out=tmp_path / "grey", **{**SMALL, "width": None})
 
 
+def test_streamed_images_train_to_the_same_bits_as_images_in_memory(whole: Path, tmp_path: Path) -> None:
+    dacnn.train("dacnn3", data="digits", out=tmp_path / "streamed", **SMALL, memory_gigabytes=0.0)
+    assert_same_run(tmp_path / "streamed", whole)
+
+
+def test_a_run_of_a_plan_resumes_with_its_plan(tmp_path: Path) -> None:
+    plan = dacnn.create("dacnn5", width=8, in_channels=1, sharing="stage").plan
+    settings = {**SMALL, "width": None, "checkpoint_minutes": 100.0}
+    with pytest.raises(Interrupted):
+        dacnn.train(plan, data="digits", out=tmp_path / "run", listener=Interrupting(2, 3, signal.SIGINT), **settings)
+    resumed = dacnn.train(out=tmp_path / "run", resume=True)
+    assert resumed.network.plan.kernels() == plan.kernels()
+    dacnn.train(plan, data="digits", out=tmp_path / "whole", **settings)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 TWO_PROCESSES = """
 import sys, dacnn
 dacnn.train("dacnn5", data="digits", out=sys.argv[1], width=8, epochs=1, lr=0.01, batch_size=int(sys.argv[2]),

@@ -184,7 +184,8 @@ def create(
         167140
     """
     if isinstance(network, Plan):
-        given = [name for name, value in {"num_classes": num_classes, "in_channels": in_channels, **changes}.items() if value is not None]
+        settings = {"num_classes": num_classes, "in_channels": in_channels, **changes}
+        given = [name for name, value in settings.items() if value is not None]
         if given:
             raise ConfigError(f"create got a plan and {', '.join(given)}: change the plan instead")
         plan = network

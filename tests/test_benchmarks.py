@@ -1,0 +1,32 @@
+"""The scripts that results come from run to their end, small; what they measure is not tested."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script: str, *words: str) -> dict | list:
+    command = [sys.executable, str(BENCHMARKS / script), *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_table_that_was_cut_off_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
+    words = ("digits", "--data", "digits", "--out", str(tmp_path), "--epochs", "1", "--width", "8")
+    assert run("table.py", *words, "--minutes", "0") == []
+    states = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/resume.safetensors")}
+    assert len(states) == 1
+    measured = run("table.py", *words)
+    assert [result["seed"] for result in measured] == [0, 1, 2, 3, 4]
+    states = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/resume.safetensors")}
+    assert run("table.py", *words) == measured
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/resume.safetensors")} == states
+
+
+def test_the_training_benchmark_compares_both_sides() -> None:
+    table = run("training.py", "--width", "8", "--batch-size", "16", "--steps", "2", "--rounds", "1")
+    assert table["speed_ratio"] > 0 and table["memory_ratio"] > 0 and table["input_share"] > 0
