@@ -23,6 +23,7 @@ ORDER = [
     "networks.plan",
     "networks.zoo",
     "networks.normalize",
+    "networks.pool",
     "networks.network",
     "checkpoint",
     "data.reasons",

@@ -11,6 +11,7 @@ from dacnn.config import NetworkConfig
 from dacnn.errors import ConfigError, ShapeError
 from dacnn.networks.normalize import Normalize
 from dacnn.networks.plan import Block, Input, Layer, Plan
+from dacnn.networks.pool import halve_by_max
 from dacnn.networks.zoo import plan_of
 from dacnn.sharing.anchors import Anchors
 from dacnn.sharing.layers import Reader
@@ -71,7 +72,7 @@ class PlannedBlock(nn.Module):
             x = reader(x, anchors[kernel])
             if index == last and self.residual:
                 x = x + before
-            x = F.relu(x)
+            x = F.relu(x, inplace=True)
         return x
 
 
@@ -142,12 +143,12 @@ class Network(nn.Module):
                 f"images have shape {tuple(images.shape)}: expected N x {self.plan.input.channels} x H x W (or uint8, "
                 f"N x H x W x {self.plan.input.channels}) of at least {self.plan.smallest_side} pixels a side"
             )
-        x = F.relu(self.stem(x, self.anchors[self.plan.stem.kernel]))
+        x = F.relu(self.stem(x, self.anchors[self.plan.stem.kernel]), inplace=True)
         for stage, blocks in zip(self.plan.stages, self.stages, strict=True):
             for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, self.anchors)
             if stage.pool:
-                x = F.max_pool2d(x, 2)
+                x = halve_by_max(x)
         logits: Tensor = self.classifier(x.mean(dim=(2, 3)))
         return logits
 
