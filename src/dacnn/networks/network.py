@@ -11,11 +11,11 @@ from dacnn.config import NetworkConfig
 from dacnn.errors import ConfigError, ShapeError
 from dacnn.networks.normalize import Normalize
 from dacnn.networks.plan import Block, Input, Layer, Plan
-from dacnn.networks.pool import halve_by_max
 from dacnn.networks.zoo import plan_of
 from dacnn.sharing.anchors import Anchors
 from dacnn.sharing.layers import Reader
 from dacnn.sharing.regulators import make_regulator
+from dacnn.sharing.remake import halve_by_max
 
 # N images, C channels, H rows, W columns, K classes
 
@@ -56,24 +56,26 @@ class PlannedBlock(nn.Module):
             # (Goyal et al., arXiv:1706.02677, section 5.1)
             nn.init.zeros_(readers[-1].norm.weight)
 
-    def forward(self, x: Tensor, anchors: Anchors) -> Tensor:
+    def forward(self, x: Tensor, anchors: Anchors, halve: bool = False) -> Tensor:
         """Run the block.
 
         Args:
             x: Shape (N, C, H, W).
             anchors: The kernels of the whole network.
+            halve: Whether 2x2 max-pooling follows.
 
         Returns:
-            Shape (N, C', H, W).
+            Shape (N, C', H, W), or (N, C', H // 2, W // 2).
         """
         before = x if self.shortcut is None else self.shortcut(x, anchors[self.shortcut_kernel])
         last = len(self.readers) - 1
         for index, (reader, kernel) in enumerate(zip(self.readers, self.kernels, strict=True)):
-            x = reader(x, anchors[kernel])
-            if index == last and self.residual:
-                x = x + before
-            x = F.relu(x, inplace=True)
-        return x
+            ends = index == last
+            x = reader(x, anchors[kernel], relu=not (ends and self.residual), halve=ends and halve and not self.residual)
+        if not self.residual:
+            return x
+        x = F.relu(x + before, inplace=True)
+        return halve_by_max(x) if halve else x
 
 
 class Network(nn.Module):
@@ -143,11 +145,13 @@ class Network(nn.Module):
                 f"images have shape {tuple(images.shape)}: expected N x {self.plan.input.channels} x H x W (or uint8, "
                 f"N x H x W x {self.plan.input.channels}) of at least {self.plan.smallest_side} pixels a side"
             )
-        x = F.relu(self.stem(x, self.anchors[self.plan.stem.kernel]), inplace=True)
+        x = self.stem(x, self.anchors[self.plan.stem.kernel], relu=True)
         for stage, blocks in zip(self.plan.stages, self.stages, strict=True):
-            for block in blocks:  # type: ignore[attr-defined]
-                x = block(x, self.anchors)
-            if stage.pool:
+            assert isinstance(blocks, nn.ModuleList)
+            for index, block in enumerate(blocks, start=1):
+                # pooling is left to the last block, which knows what it has to keep for it
+                x = block(x, self.anchors, halve=stage.pool and index == len(blocks))
+            if stage.pool and not blocks:
                 x = halve_by_max(x)
         logits: Tensor = self.classifier(x.mean(dim=(2, 3)))
         return logits

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dacnn.config import RegulatorPlace
+from dacnn.sharing.remake import halve_by_max, norm_relu
 
 # N images, C input channels, O output channels, H rows, W columns
 
@@ -24,20 +25,26 @@ class Reader(nn.Module):
         self.regulator = regulator
         self.regulator_place = place
 
-    def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kernel: Tensor, relu: bool = False, halve: bool = False) -> Tensor:
         """Convolve with a kernel that stays where it is, at stride 1, the image keeping its size.
 
         Args:
             x: Shape (N, C, H, W).
             kernel: Shape (O, C, K, K), K odd.
+            relu: Whether a ReLU follows.
+            halve: Whether 2x2 max-pooling follows that.
 
         Returns:
-            Shape (N, O, H, W).
+            Shape (N, O, H, W), or (N, O, H // 2, W // 2).
         """
         x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
-        if self.regulator is not None and self.regulator_place == "before-norm":
-            x = self.regulator(x)
+        before, after = (self.regulator, None) if self.regulator_place == "before-norm" else (None, self.regulator)
+        if before is not None:
+            x = before(x)
+        if relu and after is None:
+            return norm_relu(self.norm, x, halve)
         x = self.norm(x)
-        if self.regulator is not None and self.regulator_place == "after-norm":
-            x = self.regulator(x)
-        return x
+        if after is not None:
+            x = after(x)
+        x = F.relu(x, inplace=True) if relu else x
+        return halve_by_max(x) if halve else x

@@ -22,6 +22,7 @@ from dacnn.data.imageset import MemoryImages
 from dacnn.data.sources import Splits
 from dacnn.errors import ConfigError, DivergenceError
 from dacnn.networks.normalize import Normalize
+from dacnn.sharing.remake import remaking
 from dacnn.training.evaluate import Evaluation, evaluate
 from dacnn.training.precision import Execution
 from dacnn.training.recipe import make_optimizer, schedule, set_learning_rate
@@ -93,6 +94,8 @@ class Loop:
         self.model: nn.Module = torch.compile(model) if execution.compiled else model  # type: ignore[assignment]
         # the colour that becomes 0 when it is normalised
         self.fill = torch.tensor([round(255 * mean) for mean in splits.input.mean], dtype=torch.uint8)
+        # a GPU has its own fused kernels for norms, and a compiler decides for itself what to keep
+        self.remakes = self.device.type == "cpu" and not execution.compiled
         self.epoch = 0
         self.step = 0
         self.best_top1 = -1.0
@@ -165,7 +168,7 @@ class Loop:
         ):
             last = index == config.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.execution.autocast():
+                with self.execution.autocast(), remaking(self.remakes):
                     logits = self.model(self.prepare(x))
                 loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
                 self.accelerator.backward(loss / config.accumulate)
