@@ -111,10 +111,10 @@ def train(
         DivergenceError: The loss became infinite or no number.
         Interrupted: A signal asked to stop; the state is saved.
 
-    Example:
-        >>> result = dacnn.train("dacnn14", data="digits", epochs=8)  # doctest: +SKIP
-        >>> result.best.validation_top1  # doctest: +SKIP
-        0.986
+    Example::
+
+        result = dacnn.train("dacnn14", data="digits", epochs=8)
+        print(result.best.validation_top1, result.weights)
     """
     plan = network if isinstance(network, Plan) else None
     name = None if isinstance(network, Plan) else network
