@@ -67,7 +67,7 @@ class TrainingProgress(Listener):
 
     def log(self, line: str) -> None:
         """Print a remark."""
-        self.progress.console.print(line, highlight=False)
+        self.progress.console.print(line, highlight=False, soft_wrap=True)
 
     def loading(self, what: str, done: int, total: int) -> None:
         """Show how far decoding is."""
