@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import dacnn
-from dacnn.config import TrainingConfig
+from dacnn.config import Precision, TrainingConfig
 from dacnn.data.imageset import MemoryImages
 from dacnn.data.sources import Splits
 from dacnn.networks.network import Network
@@ -79,7 +80,7 @@ def plain_steps(network: Network, images: Tensor, labels: Tensor, batch_size: in
         yield
 
 
-def run_side(side: str, width: int, batch_size: int, steps: int) -> dict[str, Any]:
+def run_side(side: str, width: int, batch_size: int, steps: int, precision: Precision) -> dict[str, Any]:
     """Measure one side in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     warm_up = 2
@@ -89,7 +90,7 @@ def run_side(side: str, width: int, batch_size: int, steps: int) -> dict[str, An
     if side == "plain":
         stepper: Iterator[Any] = plain_steps(network, images, labels, batch_size, device)
     else:
-        config = TrainingConfig(epochs=1, batch_size=batch_size, lr=0.01)
+        config = TrainingConfig(epochs=1, batch_size=batch_size, lr=0.01, precision=precision)
         train = MemoryImages(images, labels, CLASSES)
         empty = MemoryImages(images[:0], labels[:0], CLASSES)
         execution = choose(config, device)
@@ -130,11 +131,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of a run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn")
+    parser.add_argument("--precision", choices=typing.get_args(Precision), default="auto", help="of this library's side")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", choices=("plain", "dacnn"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        print(json.dumps(run_side(options.side, options.width, options.batch_size, options.steps)))
+        print(json.dumps(run_side(options.side, options.width, options.batch_size, options.steps, options.precision)))
         return
     runs: dict[str, list[dict[str, Any]]] = {"plain": [], "dacnn": []}
     for number in range(options.rounds):
@@ -149,6 +151,8 @@ def main() -> None:
                 str(options.width),
                 "--batch-size",
                 str(options.batch_size),
+                "--precision",
+                options.precision,
             ]
             output = subprocess.run(
                 [*command, "--steps", str(options.steps)], check=True, capture_output=True, text=True
