@@ -53,7 +53,7 @@ TABLES = {
         (
             Row("shared", "dacnn14", seeds=2),
             Row("shared + pointwise regulators", "dacnn14-reg", seeds=2),
-            Row("unshared twin", "dacnn14", seeds=2, settings={"sharing": "none"}),
+            Row("unshared twin", "dacnn14", seeds=2, settings={"share": "none"}),
         ),
     ),
     "digits": Table("digits", (Row("shared", "dacnn14", seeds=5),)),

@@ -35,7 +35,8 @@ def values_of(item: Any) -> st.SearchStrategy[Any]:
     if typing.get_origin(kind) is Literal:
         return st.sampled_from(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return st.lists(st.integers(low, 10**6), min_size=1, max_size=5).map(tuple)
+        inner = st.text() if typing.get_args(kind)[0] is str else st.integers(low, 10**6)
+        return st.lists(inner, min_size=1, max_size=5).map(tuple)
     if kind is int:
         return st.integers(low, 10**18 if high is None else high)
     if kind is float:
@@ -83,7 +84,7 @@ def test_every_field_survives_toml_at_a_value_other_than_its_default(table: str,
     if typing.get_origin(kind) is Literal:
         value = next(word for word in typing.get_args(kind) if word != item.default)
     elif typing.get_origin(kind) is tuple:
-        value = (3, 1, 2)
+        value = ("a+b", "c") if typing.get_args(kind)[0] is str else (3, 1, 2)
     elif kind is bool:
         value = not item.default
     elif kind is str:
@@ -156,7 +157,8 @@ def wrong_values(item: Any) -> list[Any]:
     if typing.get_origin(kind) is Literal:
         return ["bogus", "", 1, True, ["auto"], {"x": 1}]
     if typing.get_origin(kind) is tuple:
-        return [3, "3", ["3"], [1.5], [True], [[1]], True, {"x": 1}]
+        other: Any = 3 if typing.get_args(kind)[0] is str else "3"
+        return [3, "3", [other], [1.5], [True], [[1]], True, {"x": 1}]
     wrong: dict[Any, list[Any]] = {
         int: ["3", 3.0, 1.5, True, False, [3], {"x": 3}, math.nan],
         float: ["0.1", True, False, [0.1], {"x": 1}],

@@ -17,6 +17,7 @@ SOURCE = Path(dacnn.__file__).parent
 ORDER = [
     "errors",
     "config",
+    "sharing.groups",
     "sharing.anchors",
     "sharing.regulators",
     "sharing.remake",

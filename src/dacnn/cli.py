@@ -258,7 +258,7 @@ def models(
                 "topology": design.topology,
                 "depths": design.depths,
                 "widths": design.widths,
-                "sharing": design.sharing,
+                "share": design.share,
                 "regulator": regulator,
                 **count(plan).to_table(),
             }

@@ -18,7 +18,7 @@ import tomli_w
 
 from dacnn.errors import ConfigError, UnknownNameError
 
-Sharing = Literal["all", "stage", "none"]
+Share = Literal["all", "stage", "isomorphic", "template", "repeat", "none"]
 RegulatorPlace = Literal["before-norm", "after-norm"]
 Fit = Literal["crop", "stretch", "pad"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -136,7 +136,15 @@ class NetworkConfig(Checked):
     name: str = setting("dacnn14", "network of the zoo (see `dacnn models`)")
     width: int | None = setting(None, "channels of the first stage; later stages keep their ratio to it", low=1)
     depths: tuple[int, ...] | None = setting(None, "layers (chain) or blocks (residual) of every stage", low=1)
-    sharing: Sharing | None = setting(None, "all: one kernel per shape; stage: one per stage; none: every layer its own")
+    share: Share | None = setting(
+        None, "all: one kernel per shape; stage: one per stage; template: combined from a bank; repeat: tiled; none"
+    )
+    groups: tuple[str, ...] | None = setting(
+        None,
+        "layers that read one kernel, a group a word: names or patterns joined by '+', such as 'stage1.*+stage2.*'",
+    )
+    templates: int | None = setting(None, "templates of a bank, for --share template (default: 4)", low=1)
+    base_width: int | None = setting(None, "channels of the tiled kernel, for --share repeat (default: narrowest stage)", low=1)
     regulator: str | None = setting(None, "pointwise, depthwise, low-rank, shift, or none")
     regulator_place: RegulatorPlace | None = setting(None, "before-norm: behind each shared convolution; after-norm: per block")
     regulator_rank: int | None = setting(None, "rank of the low-rank regulator", low=1)

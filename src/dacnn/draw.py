@@ -58,10 +58,10 @@ def draw_plan(plan: Plan, path: Path) -> None:
         x: float = 0
         for block in blocks:
             for layer in block:
-                _draw_layer(axes, layer, x, y, colours.get(layer.kernel, _OWN))
+                _draw_layer(axes, layer, x, y, colours.get(layer.anchor, _OWN))
                 x += 1
             x += 0.3
-        for name in {layer.kernel for block in blocks for layer in block} & anchor_y.keys():
+        for name in {layer.anchor for block in blocks for layer in block} & anchor_y.keys():
             # from the owner to the row of its readers: the kernel itself stands in one place
             axes.plot([anchors_x, x - 0.45], [anchor_y[name], y], color=colours[name], lw=1.2, alpha=0.6, zorder=0)
     for name, middle in anchor_y.items():

@@ -1,5 +1,6 @@
 """Results as a person reads them in a terminal."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.text import Text
 from dacnn.measure.count import Counts
 from dacnn.networks.plan import Plan
 from dacnn.prediction import Prediction
+from dacnn.sharing.anchors import Combine, Repeat
 from dacnn.training.evaluate import Evaluation
 from dacnn.training.train import TrainResult
 
@@ -83,10 +85,10 @@ def plan_table(plan: Plan, counts: Counts) -> RenderableType:
     for name, layers in plan.readers().items():
         kinds = sorted({layer.regulator.kind for layer in layers if layer.regulator})
         behind = f" (+ {', '.join(kinds)})" if kinds else ""
-        output, inputs, rows, columns = shapes[name]
+        how = {Combine: " (combined)", Repeat: " (tiled)"}.get(type(layers[0].expression), "")
         readers = ", ".join(layer.name for layer in layers)
-        size = f"{output * inputs * rows * columns:,}"
-        table.add_row(name, f"{output}x{inputs}x{rows}x{columns}", size, str(len(layers)), readers + behind)
+        size = f"{math.prod(shapes[name]):,}"
+        table.add_row(name + how, "x".join(map(str, shapes[name])), size, str(len(layers)), readers + behind)
     used = f"{counts.used_parameters:,} used ({counts.used_parameters / counts.stored_parameters:.1f}x)"
     work = f"{counts.macs / 1e6:,.1f} M multiply-adds an image, {counts.stored_bytes:,} bytes in float32"
     return Group(table, f"{counts.stored_parameters:,} parameters stored, {used}, {work}")

@@ -59,7 +59,7 @@ def gradients(network: torch.nn.Module, images: Tensor) -> None:
 @pytest.mark.parametrize("name", sorted(DESIGNS))
 def test_forward_is_that_of_layers_tied_by_hand(name: str, kind: str) -> None:
     # regulators stand behind shared kernels, so a network that shares none is made to share for them
-    shared: dict[str, Any] = {} if kind == "none" or DESIGNS[name].sharing != "none" else {"sharing": "all"}
+    shared: dict[str, Any] = {} if kind == "none" or DESIGNS[name].share != "none" else {"share": "all"}
     network = randomised(name, regulator=kind, **shared)
     images = images_for(network.plan, count=2)
     with torch.no_grad():
@@ -103,7 +103,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dacnn3", {"depths": (3,)}),
     ("dacnn3", {"depths": (8,)}),
     ("dacnn14", {}),
-    ("dacnn18", {"sharing": "stage", "regulator": "shift"}),
+    ("dacnn18", {"share": "stage", "regulator": "shift"}),
     ("dacnn34", {"regulator": "low-rank"}),
     ("dacnn18-mix-reg", {}),
     ("dacnn14-mix", {"regulator": "depthwise"}),

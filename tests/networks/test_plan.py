@@ -40,9 +40,9 @@ def small() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", sorted(DESIGNS))
-@pytest.mark.parametrize("sharing", ["all", "stage", "none"])
-def test_every_network_of_the_zoo_survives_json(name: str, sharing: Any) -> None:
-    plan = planned(name, width=8, sharing=sharing, regulator="none")
+@pytest.mark.parametrize("share", ["all", "stage", "none"])
+def test_every_network_of_the_zoo_survives_json(name: str, share: Any) -> None:
+    plan = planned(name, width=8, share=share, regulator="none")
     assert Plan.from_json(plan.to_json()) == plan
 
 
@@ -293,7 +293,7 @@ def test_the_unshared_twin_keeps_layers_apart_whose_names_differ_in_a_dot_only()
 
 
 def test_the_unshared_dacnn14_is_the_chain_that_shares_nothing() -> None:
-    assert planned("dacnn14").unshared().stages == planned("dacnn14", sharing="none").stages
+    assert planned("dacnn14").unshared().stages == planned("dacnn14", share="none").stages
 
 
 @few

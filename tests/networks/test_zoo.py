@@ -68,12 +68,12 @@ def test_stored_parameters_are_those_of_the_papers_table(name: str) -> None:
 
 def test_the_unshared_twin_of_dacnn14_stores_what_the_paper_compares_it_with() -> None:
     assert stored_parameters(planned("dacnn14", classes=100).unshared()) == 1_789_156
-    assert stored_parameters(planned("dacnn14", classes=100, sharing="none")) == 1_789_156
+    assert stored_parameters(planned("dacnn14", classes=100, share="none")) == 1_789_156
 
 
 @pytest.mark.parametrize("name", sorted(DESIGNS))
 def test_stored_parameters_follow_from_the_plan_by_hand(name: str) -> None:
-    regulator = {} if DESIGNS[name].sharing == "none" else {"regulator": "low-rank", "regulator_rank": 2}
+    regulator = {} if DESIGNS[name].share == "none" else {"regulator": "low-rank", "regulator_rank": 2}
     plan = planned(name, classes=7, width=8, **regulator)
     norms = sum(2 * layer.out_channels for layer in plan.layers())
     kernels = sum(math.prod(shape) for shape in {layer.kernel: layer.kernel_shape for layer in plan.layers()}.values())
@@ -144,11 +144,11 @@ def test_sharing_words_say_who_reads_one_kernel(name: str) -> None:
     def groups(plan: Plan) -> list[list[str]]:
         return sorted([layer.name for layer in readers] for readers in plan.readers().values() if len(readers) > 1)
 
-    assert groups(planned(name, sharing="none")) == []
-    for group in groups(planned(name, sharing="stage")):
+    assert groups(planned(name, share="none")) == []
+    for group in groups(planned(name, share="stage")):
         assert len({layer.split(".")[0] for layer in group}) == 1
-    by_stage = {layer for group in groups(planned(name, sharing="stage")) for layer in group}
-    by_shape = {layer for group in groups(planned(name, sharing="all")) for layer in group}
+    by_stage = {layer for group in groups(planned(name, share="stage")) for layer in group}
+    by_shape = {layer for group in groups(planned(name, share="all")) for layer in group}
     assert by_stage <= by_shape and by_shape
 
 
@@ -238,7 +238,7 @@ def test_the_mixed_networks_of_the_paper_regulate_each_block_behind_its_second_n
 
 
 def test_a_regulated_design_that_is_told_to_share_nothing_has_no_regulators() -> None:
-    plan = planned("dacnn18-reg", width=8, sharing="none")
+    plan = planned("dacnn18-reg", width=8, share="none")
     assert not any(layer.regulator for layer in plan.layers())
 
 
@@ -334,7 +334,7 @@ def test_create_refuses_a_network_without_classes_or_channels(wrong: dict[str, i
 
 
 def test_create_refuses_a_change_that_does_not_exist_and_names_those_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"create: unknown setting 'widht': expected one of depths, name.*width"):
+    with pytest.raises(ConfigError, match=r"create: unknown setting 'widht': expected one of base_width, depths.*width"):
         create("dacnn3", widht=8)
 
 

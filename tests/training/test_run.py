@@ -201,7 +201,7 @@ def test_without_validation_images_the_last_epoch_is_the_result(tmp_path: Path) 
 
 
 def test_a_plan_of_ones_own_trains(tmp_path: Path) -> None:
-    plan = dacnn.create("dacnn5", width=8, in_channels=1, sharing="stage").plan
+    plan = dacnn.create("dacnn5", width=8, in_channels=1, share="stage").plan
     result = dacnn.train(plan, data="digits", out=tmp_path / "run", **{**SMALL, "width": None, "epochs": 1})
     assert result.network.plan.kernels() == plan.kernels()
     with pytest.raises(ConfigError, match="make the plan for this data set"):
@@ -214,7 +214,7 @@ def test_streamed_images_train_to_the_same_bits_as_images_in_memory(whole: Path,
 
 
 def test_a_run_of_a_plan_resumes_with_its_plan(tmp_path: Path) -> None:
-    plan = dacnn.create("dacnn5", width=8, in_channels=1, sharing="stage").plan
+    plan = dacnn.create("dacnn5", width=8, in_channels=1, share="stage").plan
     settings = {**SMALL, "width": None, "checkpoint_minutes": 100.0}
     with pytest.raises(Interrupted):
         dacnn.train(plan, data="digits", out=tmp_path / "run", listener=Interrupting(2, 3, signal.SIGINT), **settings)

@@ -1,5 +1,6 @@
 """What a network stores, what it uses, what it computes."""
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -50,7 +51,9 @@ def count(network: Network | Plan) -> Counts:
         twin = Network(plan).eval()
         images = torch.empty(1, plan.input.channels, plan.input.height, plan.input.width)
     stored = sum(parameter.numel() for parameter in twin.parameters())
-    again = sum(twin.anchors[name].numel() * (len(readers) - 1) for name, readers in plan.readers().items())
+    # what a reader stores for itself is in its kernel already
+    evaluated = sum(math.prod(layer.kernel_shape) for layer in plan.layers())
+    again = evaluated - sum(parameter.numel() for parameter in twin.anchors.parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(images)
     return Counts(

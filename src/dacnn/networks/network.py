@@ -47,10 +47,10 @@ class PlannedBlock(nn.Module):
         super().__init__()
         readers = [_reader(layer) for layer in block.layers]
         self.readers = nn.ModuleList(readers)
-        self.kernels = [layer.kernel for layer in block.layers]
+        self.names = [layer.name for layer in block.layers]
         self.residual = block.residual
         self.shortcut = _reader(block.shortcut) if block.shortcut else None
-        self.shortcut_kernel = block.shortcut.kernel if block.shortcut else ""
+        self.shortcut_name = block.shortcut.name if block.shortcut else ""
         if block.residual:
             # a residual block starts as the identity, so that a network of any depth can begin to learn
             # (Goyal et al., arXiv:1706.02677, section 5.1)
@@ -67,11 +67,11 @@ class PlannedBlock(nn.Module):
         Returns:
             Shape (N, C', H, W), or (N, C', H // 2, W // 2).
         """
-        before = x if self.shortcut is None else self.shortcut(x, anchors[self.shortcut_kernel])
+        before = x if self.shortcut is None else self.shortcut(x, anchors.read(self.shortcut_name))
         last = len(self.readers) - 1
-        for index, (reader, kernel) in enumerate(zip(self.readers, self.kernels, strict=True)):
+        for index, (reader, name) in enumerate(zip(self.readers, self.names, strict=True)):
             ends = index == last
-            x = reader(x, anchors[kernel], relu=not (ends and self.residual), halve=ends and halve and not self.residual)
+            x = reader(x, anchors.read(name), relu=not (ends and self.residual), halve=ends and halve and not self.residual)
         if not self.residual:
             return x
         x = F.relu(x + before, inplace=True)
@@ -96,7 +96,7 @@ class Network(nn.Module):
         super().__init__()
         self.plan = plan
         self.normalize = Normalize(plan.input)
-        self.anchors = Anchors(plan.kernels())
+        self.anchors = Anchors({layer.name: (layer.expression, layer.kernel_shape) for layer in plan.layers()})
         self.stem = _reader(plan.stem)
         self.stages = nn.ModuleList([nn.ModuleList([PlannedBlock(block) for block in stage.blocks]) for stage in plan.stages])
         self.classifier = nn.Linear(plan.features, len(plan.classes))
@@ -112,7 +112,7 @@ class Network(nn.Module):
         chained = [
             layer for stage in self.plan.stages for block in stage.blocks if not block.residual for layer in block.layers
         ]
-        square = {layer.kernel for layer in chained if layer.in_channels == layer.out_channels}
+        square = {layer.anchor for layer in chained if layer.in_channels == layer.out_channels}
         self.anchors.reset_parameters(generator, near_identity=square)
         nn.init.kaiming_uniform_(self.classifier.weight, a=5**0.5, generator=generator)
         nn.init.zeros_(self.classifier.bias)
@@ -145,7 +145,7 @@ class Network(nn.Module):
                 f"images have shape {tuple(images.shape)}: expected N x {self.plan.input.channels} x H x W (or uint8, "
                 f"N x H x W x {self.plan.input.channels}) of at least {self.plan.smallest_side} pixels a side"
             )
-        x = self.stem(x, self.anchors[self.plan.stem.kernel], relu=True)
+        x = self.stem(x, self.anchors.read(self.plan.stem.name), relu=True)
         for stage, blocks in zip(self.plan.stages, self.stages, strict=True):
             assert isinstance(blocks, nn.ModuleList)
             for index, block in enumerate(blocks, start=1):
@@ -172,7 +172,7 @@ def create(
         num_classes: Number of classes K; None: 10. A plan knows its own.
         in_channels: Channels of an input image; None: 3. A plan knows its own.
         seed: Seed of the start values; None draws from PyTorch's global generator.
-        **changes: Fields of `NetworkConfig`: `width`, `depths`, `sharing`, `regulator`, ...
+        **changes: Fields of `NetworkConfig`: `width`, `depths`, `share`, `regulator`, ...
 
     Returns:
         The network, in training mode.

@@ -10,12 +10,13 @@ import math
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from dacnn.config import Fit, RegulatorPlace
 from dacnn.errors import PlanError
+from dacnn.sharing.anchors import Combine, Expression, Repeat, Shape, Stored, parameter_name
 
 # more channels or pixels of a kernel than this are a mistake
 _LARGEST = 2**20
@@ -86,7 +87,7 @@ class Layer:
 
     Attributes:
         name: Unique in the plan.
-        kernel: The anchor it reads; layers that name the same one share it.
+        kernel: The anchor it reads, by name, or an expression over one; layers that name the same anchor share it.
         in_channels: Channels it takes.
         out_channels: Channels it gives.
         kernel_size: Side of the square kernel in pixels; odd, the image keeps its size.
@@ -94,11 +95,21 @@ class Layer:
     """
 
     name: str
-    kernel: str
+    kernel: str | Combine | Repeat
     in_channels: int
     out_channels: int
     kernel_size: int = 3
     regulator: Regulator | None = None
+
+    @property
+    def expression(self) -> Expression:
+        """How it reads its kernel."""
+        return Stored(self.kernel) if isinstance(self.kernel, str) else self.kernel
+
+    @property
+    def anchor(self) -> str:
+        """Name of the stored tensor that it reads."""
+        return self.expression.anchor
 
     @property
     def kernel_shape(self) -> tuple[int, int, int, int]:
@@ -158,9 +169,14 @@ class Plan:
         doubled = [name for name, times in names.items() if times > 1]
         if doubled:
             raise PlanError(f"plan '{self.name}' has several layers named '{doubled[0]}': give each its own name")
+        stored: dict[str, str] = {}
+        for name in names:
+            other = stored.setdefault(parameter_name(name), name)
+            if other != name:
+                raise PlanError(f"layers '{other}' and '{name}' would be stored under one name: rename one of them")
         for layer in self.layers():
-            if not layer.kernel or "." in layer.kernel:
-                raise PlanError(f"layer '{layer.name}' reads kernel '{layer.kernel}': expected a name without dots")
+            if not layer.anchor or "." in layer.anchor:
+                raise PlanError(f"layer '{layer.name}' reads kernel '{layer.anchor}': expected a name without dots")
             sizes = layer.kernel_shape
             if min(sizes) < 1 or max(sizes) > _LARGEST or layer.kernel_size % 2 == 0:
                 raise PlanError(
@@ -217,40 +233,77 @@ class Plan:
         blocks = [block for stage in self.stages for block in stage.blocks]
         return blocks[-1].layers[-1].out_channels if blocks else self.stem.out_channels
 
-    def kernels(self) -> dict[str, tuple[int, int, int, int]]:
-        """The kernels that are stored, by name, with their shapes (output, input, rows, columns).
+    def kernels(self) -> dict[str, Shape]:
+        """The tensors that are stored for kernels, by name, with their shapes: a kernel has output and input channels, rows
+        and columns, a bank its templates before them.
 
         Raises:
-            PlanError: Readers of one kernel disagree on its shape.
-        """
+            PlanError: Readers of one of them disagree on its shape, or a kernel is no tiling of its base.
+        """  # noqa: D205
         owners: dict[str, Layer] = {}
         for layer in self.layers():
-            first = owners.setdefault(layer.kernel, layer)
-            if first.kernel_shape != layer.kernel_shape:
+            first = owners.setdefault(layer.anchor, layer)
+            needed, found = (one.expression.stored_shape(one.kernel_shape) for one in (layer, first))
+            if needed != found:
                 raise PlanError(
-                    f"layer '{layer.name}' needs a kernel of {layer.kernel_shape}, but '{layer.kernel}' is "
-                    f"{first.kernel_shape} for '{first.name}': make it a transition, or give it its own kernel"
+                    f"layer '{layer.name}' needs a kernel of {needed}, but '{layer.anchor}' is "
+                    f"{found} for '{first.name}': make it a transition, or give it its own kernel"
                 )
-        return {name: layer.kernel_shape for name, layer in owners.items()}
+            try:
+                layer.expression.own_shapes(layer.kernel_shape)
+            except PlanError as error:
+                raise PlanError(f"layer '{layer.name}': {error}") from None
+        return {name: layer.expression.stored_shape(layer.kernel_shape) for name, layer in owners.items()}
 
     def readers(self) -> dict[str, list[Layer]]:
-        """For every kernel, the layers that read it."""
+        """For every stored tensor, the layers that read it."""
         readers: dict[str, list[Layer]] = {}
         for layer in self.layers():
-            readers.setdefault(layer.kernel, []).append(layer)
+            readers.setdefault(layer.anchor, []).append(layer)
         return readers
+
+    def with_kernels(self, kernels: Mapping[str, str | Combine | Repeat]) -> Self:
+        """The same layers, some of which read other kernels.
+
+        Args:
+            kernels: What they shall read, by name of the layer.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: There is no such layer, or the kernels do not fit.
+        """
+        names = {layer.name for layer in self.layers()}
+        for name in kernels:
+            if name not in names:
+                raise PlanError(f"plan '{self.name}' has no layer '{name}': expected one of {', '.join(sorted(names))}")
+        return self.mapped(lambda layer: dataclasses.replace(layer, kernel=kernels.get(layer.name, layer.kernel)))
+
+    def mapped(self, change: Callable[[Layer], Layer]) -> Self:
+        """The plan with every layer changed.
+
+        Args:
+            change: From a layer to the one in its place.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: The layers do not fit any more.
+        """
+
+        def mapped_block(block: Block) -> Block:
+            around = change(block.shortcut) if block.shortcut else None
+            return dataclasses.replace(block, layers=tuple(map(change, block.layers)), shortcut=around)
+
+        stages = tuple(dataclasses.replace(stage, blocks=tuple(map(mapped_block, stage.blocks))) for stage in self.stages)
+        return dataclasses.replace(self, stem=change(self.stem), stages=stages)
 
     def unshared(self) -> Self:
         """The twin of the same shape in which every layer owns its kernel; without regulators, which it has no use for."""
-
-        def own(layer: Layer) -> Layer:
-            return dataclasses.replace(layer, kernel=own_kernel(layer.name), regulator=None)
-
-        def twin(block: Block) -> Block:
-            return Block(tuple(map(own, block.layers)), block.residual, own(block.shortcut) if block.shortcut else None)
-
-        stages = tuple(Stage(tuple(map(twin, stage.blocks)), stage.pool) for stage in self.stages)
-        return dataclasses.replace(self, name=f"{self.name} unshared", stem=own(self.stem), stages=stages)
+        plan = self.mapped(lambda layer: dataclasses.replace(layer, kernel=parameter_name(layer.name), regulator=None))
+        return dataclasses.replace(plan, name=f"{self.name} unshared")
 
     def for_data(self, input: Input, classes: tuple[str, ...]) -> Self:
         """The same layers for another data set.
@@ -290,11 +343,6 @@ class Plan:
             raise PlanError(f"not a plan: {error}") from None
 
 
-def own_kernel(layer_name: str) -> str:
-    """Name of the kernel that only this layer reads (a parameter's name may hold no dot)."""
-    return layer_name.replace("_", "__").replace(".", "_")
-
-
 def _to_plain(value: Any) -> Any:
     """Dataclasses to dicts without the fields at their defaults, tuples to lists."""
     if dataclasses.is_dataclass(value):
@@ -303,11 +351,20 @@ def _to_plain(value: Any) -> Any:
     return [_to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+def _meant(kinds: tuple[Any, ...], value: Any) -> Any:
+    """Which of several kinds a value of `_to_plain` is of; dataclasses are told apart by their fields."""
+    if isinstance(value, dict):
+        for kind in filter(dataclasses.is_dataclass, kinds):
+            if {item.name for item in dataclasses.fields(kind)} >= value.keys():
+                return kind
+    return next((kind for kind in kinds if type(value) is kind), kinds[0])
+
+
 def _from_plain(kind: Any, value: Any) -> Any:
     """The inverse of `_to_plain` for a value of the annotated type `kind`; refuses values of any other type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _from_plain(arguments[0], value)
+        return None if value is None and types.NoneType in arguments else _from_plain(_meant(arguments, value), value)
     if origin is tuple and type(value) is list:
         return tuple(_from_plain(arguments[0], item) for item in value)
     if origin is Literal and type(value) is str and value in arguments:

@@ -8,9 +8,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from dacnn.config import NetworkConfig, Sharing
+from dacnn.config import NetworkConfig, Share
 from dacnn.errors import ConfigError, UnknownNameError
-from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage, own_kernel
+from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
+from dacnn.sharing.anchors import Combine, Repeat, parameter_name
+from dacnn.sharing.groups import match_groups
 from dacnn.sharing.regulators import check_regulator
 
 
@@ -23,16 +25,21 @@ class Design:
             convolutions, a pooling between stages.
         depths: Convolutions (chain; the first stage counts the stem) or blocks (residual) of each stage.
         widths: Channels of each stage.
-        sharing: `all`: layers of equal shape read one kernel; `stage`: those of one stage do; `none`.
-            A stem, a layer that widens and a shortcut own their kernels.
+        share: `all`: layers of equal shape read one kernel; `stage` (which is `isomorphic` here): those of one stage do;
+            `template`: they combine the templates of one bank; `none`. A stem, a layer that widens and a shortcut own their
+            kernels. `repeat`: all but the stem tile one kernel, and shortcuts one of their own size.
         regulator: What stands behind shared kernels.
+        templates: Templates of a bank.
+        base_width: Channels of the kernel that is tiled; None: those of the narrowest stage.
     """
 
     topology: Literal["chain", "residual"]
     depths: tuple[int, ...]
     widths: tuple[int, ...]
-    sharing: Sharing = "all"
+    share: Share = "all"
     regulator: Regulator | None = None
+    templates: int = 4
+    base_width: int | None = None
 
 
 _PLAIN = (128,) * 5
@@ -60,9 +67,9 @@ DESIGNS: dict[str, Design] = {
     "dacnn34-mix": Design("residual", (3, 4, 6, 3), _MIX[:4]),
     "dacnn18-mix-reg": Design("residual", (2, 2, 2, 2), _MIX[:4], regulator=_POINTWISE_BLOCK),
     "dacnn34-mix-reg": Design("residual", (3, 4, 6, 3), _MIX[:4], regulator=_POINTWISE_BLOCK),
-    "vgg16": Design("chain", (2, 2, 3, 3, 3), _MIX, sharing="none"),
-    "resnet18": Design("residual", (2, 2, 2, 2), _MIX[:4], sharing="none"),
-    "resnet34": Design("residual", (3, 4, 6, 3), _MIX[:4], sharing="none"),
+    "vgg16": Design("chain", (2, 2, 3, 3, 3), _MIX, share="none"),
+    "resnet18": Design("residual", (2, 2, 2, 2), _MIX[:4], share="none"),
+    "resnet34": Design("residual", (3, 4, 6, 3), _MIX[:4], share="none"),
 }
 
 
@@ -95,7 +102,19 @@ def design_of(config: NetworkConfig) -> Design:
         widths = tuple(map(int, scaled))
     if design.topology == "chain" and depths[0] < 1:
         raise ConfigError("network.depths: a chain's first stage counts the stem: expected 1 or more")
-    return Design(design.topology, depths, widths, config.sharing or design.sharing, _regulator(config, design.regulator))
+    share = config.share or ("none" if config.groups else design.share)
+    for name, wanted in (("templates", "template"), ("base_width", "repeat")):
+        if getattr(config, name) is not None and share != wanted:
+            raise ConfigError(f"network.{name} is {getattr(config, name)}, but network.share is '{share}': expected '{wanted}'")
+    return Design(
+        design.topology,
+        depths,
+        widths,
+        share,
+        _regulator(config, design.regulator),
+        config.templates or design.templates,
+        config.base_width,
+    )
 
 
 def _regulator(config: NetworkConfig, designed: Regulator | None) -> Regulator | None:
@@ -136,24 +155,38 @@ def spell(name: str, design: Design, input: Input, classes: tuple[str, ...]) -> 
         for position in range(depth - (chain and index == 0)):
             before = f"stage{index}." if chain else f"stage{index}.block{position}."
             if chain:
-                blocks.append(Block((_layer(f"{before}conv{position}", channels, width, index, design.sharing),)))
+                blocks.append(Block((_layer(f"{before}conv{position}", channels, width, index, design),)))
             else:
                 layers = (
-                    _layer(f"{before}conv0", channels, width, index, design.sharing),
-                    _layer(f"{before}conv1", width, width, index, design.sharing),
+                    _layer(f"{before}conv0", channels, width, index, design),
+                    _layer(f"{before}conv1", width, width, index, design),
                 )
-                around = f"{before}shortcut"
-                shortcut = Layer(around, own_kernel(around), channels, width, kernel_size=1) if channels != width else None
-                blocks.append(Block(layers, residual=True, shortcut=shortcut))
+                shortcut = _layer(f"{before}shortcut", channels, width, index, design, kernel_size=1)
+                blocks.append(Block(layers, residual=True, shortcut=shortcut if channels != width else None))
             channels = width
         stages.append(Stage(tuple(blocks), pool=chain or index < len(design.depths) - 1))
-    return _regulated(Plan(name, input, classes, stem, tuple(stages)), design.regulator)
+    return Plan(name, input, classes, stem, tuple(stages))
 
 
-def _layer(name: str, in_channels: int, out_channels: int, stage: int, sharing: Sharing) -> Layer:
+def _layer(name: str, in_channels: int, out_channels: int, stage: int, design: Design, kernel_size: int = 3) -> Layer:
     """A layer and the kernel it reads."""
-    shared = {"all": f"width{out_channels}", "stage": f"stage{stage}", "none": own_kernel(name)}[sharing]
-    return Layer(name, shared if in_channels == out_channels else own_kernel(name), in_channels, out_channels)
+    kernel: str | Combine | Repeat = parameter_name(name)
+    if design.share == "repeat":
+        width = design.base_width or min(design.widths)
+        kernel = Repeat("base" if kernel_size == 3 else f"base{kernel_size}x{kernel_size}", width, width)
+    elif in_channels == out_channels and design.share == "template":
+        kernel = Combine(f"width{out_channels}", design.templates)
+    elif in_channels == out_channels and design.share != "none":
+        kernel = f"width{out_channels}" if design.share == "all" else f"stage{stage}"
+    return Layer(name, kernel, in_channels, out_channels, kernel_size)
+
+
+def _grouped(plan: Plan, groups: tuple[str, ...]) -> Plan:
+    """The plan with one kernel for the layers of each group."""
+    kernels: dict[str, str | Combine | Repeat] = {}
+    for name, layers in match_groups(groups, [layer.name for layer in plan.layers()]).items():
+        kernels |= dict.fromkeys(layers, name)
+    return plan.with_kernels(kernels)
 
 
 def _regulated(plan: Plan, regulator: Regulator | None) -> Plan:
@@ -165,7 +198,7 @@ def _regulated(plan: Plan, regulator: Regulator | None) -> Plan:
     def regulate(block: Block) -> Block:
         layers = [
             dataclasses.replace(layer, regulator=regulator)
-            if len(readers[layer.kernel]) > 1 and (regulator.place == "before-norm" or layer is block.layers[-1])
+            if len(readers[layer.anchor]) > 1 and (regulator.place == "before-norm" or layer is block.layers[-1])
             else layer
             for layer in block.layers
         ]
@@ -191,7 +224,11 @@ def plan_of(config: NetworkConfig, input: Input, classes: tuple[str, ...]) -> Pl
         ConfigError: A change does not fit the design.
         PlanError: The plan cannot exist.
     """
-    plan = spell(config.name, design_of(config), input, classes)
+    design = design_of(config)
+    plan = spell(config.name, design, input, classes)
+    if config.groups:
+        plan = _grouped(plan, config.groups)
+    plan = _regulated(plan, design.regulator)
     if config.regulator not in (None, "none") and not any(layer.regulator for layer in plan.layers()):
         raise ConfigError(
             f"network.regulator is '{config.regulator}': no kernel of '{plan.name}' has several readers for it to stand behind"

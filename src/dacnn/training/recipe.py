@@ -52,7 +52,9 @@ def parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[st
         Groups as an optimiser takes them; `peak_lr` is the learning rate at the top of the schedule.
     """
     shared: set[int] = set()
+    own: set[int] = set()
     if isinstance(network, Network):
+        own = set(map(id, network.anchors.own.parameters()))
         shared = {id(network.anchors[name]) for name, readers in network.plan.readers().items() if len(readers) > 1}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in network.parameters():
@@ -61,8 +63,9 @@ def parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[st
         factor = config.anchor_lr if id(parameter) in shared else 1.0
         lr = config.lr * factor
         # norms and biases are vectors: decaying them changes what the network can say, not how large it is;
-        # a step decays by rate times decay, and a slower kernel shall not decay more slowly
-        decay = config.weight_decay / factor if parameter.ndim > 1 else 0.0
+        # a step decays by rate times decay, and a slower kernel shall not decay more slowly; coefficients and gains are not
+        # decayed either (Savarese & Maire, arXiv:1902.09701)
+        decay = config.weight_decay / factor if parameter.ndim > 1 and id(parameter) not in own else 0.0
         groups.setdefault((lr, decay), []).append(parameter)
     return [{"params": members, "peak_lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
 
