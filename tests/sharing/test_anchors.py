@@ -30,7 +30,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 def network_of(name: str, scheme: str, **changes: Any) -> Network:
-    return dacnn.create(name, width=8, seed=0, **SCHEMES[scheme] | changes)
+    chosen = SCHEMES[scheme]
+    if scheme == "groups" and name == "dacnn14":
+        chosen = {"groups": ("stage1.*", "stage3.*")}
+    return dacnn.create(name, width=8, seed=0, **chosen | changes)
 
 
 def stirred(network: Network) -> Network:
