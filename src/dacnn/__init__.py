@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from dacnn.networks.network import Network, create
     from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
     from dacnn.prediction import predict
+    from dacnn.sharing.anchors import Combine, Repeat
+    from dacnn.sharing.convert import Conversion, anchor
     from dacnn.training.evaluate import evaluate
     from dacnn.training.train import train
 
 # where each public name lives: loaded when it is first used, so that `dacnn --help` need not wait for torch
 _HOMES = {
     "Block": "networks.plan",
+    "Combine": "sharing.anchors",
     "Config": "config",
+    "Conversion": "sharing.convert",
     "DacnnError": "errors",
     "DataConfig": "config",
     "Input": "networks.plan",
@@ -28,8 +32,10 @@ _HOMES = {
     "NetworkConfig": "config",
     "Plan": "networks.plan",
     "Regulator": "networks.plan",
+    "Repeat": "sharing.anchors",
     "Stage": "networks.plan",
     "TrainingConfig": "config",
+    "anchor": "sharing.convert",
     "count": "measure.count",
     "create": "networks.network",
     "evaluate": "training.evaluate",
@@ -42,7 +48,9 @@ _HOMES = {
 
 __all__ = [
     "Block",
+    "Combine",
     "Config",
+    "Conversion",
     "DacnnError",
     "DataConfig",
     "Input",
@@ -51,8 +59,10 @@ __all__ = [
     "NetworkConfig",
     "Plan",
     "Regulator",
+    "Repeat",
     "Stage",
     "TrainingConfig",
+    "anchor",
     "count",
     "create",
     "evaluate",

@@ -19,6 +19,7 @@ import tomli_w
 from dacnn.errors import ConfigError, UnknownNameError
 
 Share = Literal["all", "stage", "isomorphic", "template", "repeat", "none"]
+Start = Literal["mean", "first", "fit"]
 RegulatorPlace = Literal["before-norm", "after-norm"]
 Fit = Literal["crop", "stretch", "pad"]
 Precision = Literal["auto", "float32", "bfloat16"]

@@ -1,0 +1,146 @@
+"""The start value of a shared kernel, from the kernels that it replaces."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dacnn.config import Start
+from dacnn.errors import PlanError
+
+# L layers, O output channels, I input channels, T templates
+
+# a channel that hardly resembles the shared one keeps this share of its size, so that a norm can still bring it back
+_SMALLEST_GAIN = 0.01
+_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class StartValue:
+    """Where a shared kernel begins.
+
+    Attributes:
+        kernel: Shape (O, I, ...), or a bank of shape (T, O, I, ...).
+        gains: Factor by which each layer's output channel exceeds the shared one's, shape (L, O), where it is a norm that
+            takes it up, else 1.
+        coefficients: Of each layer, shape (L, T), for a bank.
+    """
+
+    kernel: Tensor
+    gains: Tensor
+    coefficients: Tensor | None = None
+
+
+def start_value(kernels: Sequence[Tensor], start: Start, rescaled: Sequence[bool]) -> StartValue:
+    """Choose the start of a shared kernel.
+
+    Args:
+        kernels: Those that it replaces, each of shape (O, I, ...).
+        start: `mean`; `first`; or `fit`: least squares up to a gain per layer and output channel.
+        rescaled: For every layer, whether a norm behind it takes up gains.
+
+    Returns:
+        The value.
+    """
+    stack = torch.stack([kernel.detach() for kernel in kernels])
+    gains = torch.ones(stack.shape[:2], dtype=stack.dtype, device=stack.device)
+    if start == "first":
+        return StartValue(stack[0].clone(), gains)
+    if start == "mean" or not any(rescaled):
+        return StartValue(stack.mean(0), gains)
+    rows = stack.flatten(2).double()
+    free = torch.tensor(rescaled, device=stack.device)
+    filters, gains = _rank_one(rows) if bool(free.all()) else _rank_one_where_free(rows, free)
+    return StartValue(filters.to(stack.dtype).view(stack.shape[1:]), gains.to(stack.dtype))
+
+
+def _rank_one(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The filters and gains of least squared error, channel by channel.
+
+    Args:
+        rows: Shape (L, O, X).
+
+    Returns:
+        Filters of shape (O, X), as large as the layers' on average, and gains of shape (L, O).
+    """
+    u, filters = _singular(rows.transpose(0, 1), 1)
+    return _balanced(filters[:, 0], u[..., 0].T)
+
+
+def _singular(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first left singular vectors of matrices, and singular values times right ones.
+
+    Args:
+        rows: Shape (..., L, X).
+        count: How many.
+
+    Returns:
+        Shapes (..., L, count) and (..., count, X).
+    """
+    # few rows and many columns: the eigenvectors of the small square find the same, a hundred times faster
+    vectors = torch.linalg.eigh(rows @ rows.mT).eigenvectors.flip(-1)[..., :count]
+    return vectors, vectors.mT @ rows
+
+
+def _rank_one_where_free(rows: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where only some layers may have gains, the others 1: filters and gains in turn, each by least squares."""
+    filters = rows[~free].mean(0)
+    gains = torch.ones(rows.shape[:2], dtype=rows.dtype, device=rows.device)
+    for _ in range(_ROUNDS):
+        fitted = (rows * filters).sum(2) / filters.square().sum(1).clamp_min(1e-30)
+        gains = torch.where(free[:, None], fitted, gains)
+        filters = (gains[..., None] * rows).sum(0) / gains.square().sum(0)[:, None].clamp_min(1e-30)
+    return filters, _away_from_zero(gains)
+
+
+def _balanced(filters: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    size = gains.square().mean(0).sqrt() * torch.where(gains.sum(0) < 0, -1.0, 1.0)
+    dead = size.abs() < 1e-30
+    size = torch.where(dead, 1.0, size)
+    gains = torch.where(dead, 1.0, gains / size)
+    return filters * torch.where(dead, 0.0, size)[:, None], _away_from_zero(gains)
+
+
+def _away_from_zero(gains: Tensor) -> Tensor:
+    return torch.where(gains < 0, -1.0, 1.0) * gains.abs().clamp_min(_SMALLEST_GAIN)
+
+
+def start_bank(kernels: Sequence[Tensor], templates: int) -> StartValue:
+    """The bank and the coefficients of least squared error.
+
+    Args:
+        kernels: Those that it replaces, each of shape (O, I, ...).
+        templates: T, at most as many as there are kernels.
+
+    Returns:
+        The value; coefficients are of size 1 on average.
+
+    Raises:
+        PlanError: There are more templates than kernels.
+    """
+    stack = torch.stack([kernel.detach() for kernel in kernels])
+    layers = len(stack)
+    if templates > layers:
+        raise PlanError(f"a bank of {templates} templates for {layers} layers: expected at most as many templates as layers")
+    u, scaled = _singular(stack.flatten(1).double(), templates)
+    coefficients, bank = u * layers**0.5, scaled / layers**0.5
+    gains = torch.ones(stack.shape[:2], dtype=stack.dtype, device=stack.device)
+    return StartValue(bank.to(stack.dtype).view(templates, *stack.shape[1:]), gains, coefficients.to(stack.dtype))
+
+
+@torch.no_grad()
+def take_up(norm: nn.Module, gain: Tensor, bias: Tensor | None) -> None:
+    """Let a batch norm take up that the convolution before it gives each channel 1 / gain as large.
+
+    Args:
+        norm: A batch norm, changed in place.
+        gain: Per channel, shape (O,).
+        bias: What the convolution adds, whose size stays, shape (O,).
+    """
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.weight is not None
+    if norm.running_mean is not None and norm.running_var is not None:
+        offset = bias if bias is not None else torch.zeros_like(norm.running_mean)
+        norm.running_mean.copy_(offset + (norm.running_mean - offset) / gain)
+        norm.running_var.copy_(((norm.running_var + norm.eps) / gain.square() - norm.eps).clamp_min(0))
+    norm.weight.mul_(gain.sign())
