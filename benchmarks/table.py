@@ -95,7 +95,7 @@ def run_row(row: Row, recipe: str, data: str, seed: int, out: Path, until: float
     finally:
         listener.close()
     network = result.network.to(best_device())
-    images = load_test(result.config.data, network.plan.input, network.plan.classes)
+    images = load_test(result.config.data, network.input, network.classes)
     evaluation = dacnn.evaluate(network, images)
     table = {
         "label": row.label,

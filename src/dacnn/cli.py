@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -19,7 +20,8 @@ from dacnn.config import DataConfig, NetworkConfig, TrainingConfig, read_config
 from dacnn.errors import ConfigError, DacnnError, Interrupted
 
 if TYPE_CHECKING:
-    from dacnn.networks.plan import Plan
+    from dacnn.networks.classifier import Classifier
+    from dacnn.networks.plan import Input, Plan
 
 
 def _spelled(kind: Any) -> str:
@@ -55,8 +57,14 @@ for _flags in (NetworkFlags, DataFlags, TrainingFlags):
     # the heading of the group in --help, instead of the generated signature
     _flags.__doc__ = "Over the recipe's values."
 
-NetworkName = Annotated[str | None, arg(help="network of the zoo: see `dacnn models`", metavar="NAME", help_behavior_hint="")]
+NetworkName = Annotated[
+    str | None, arg(help="network of the zoo (see `dacnn models`), or FILE.py:factory", metavar="NAME", help_behavior_hint="")
+]
 RunPath = Annotated[Path, arg(help="run directory, or a .safetensors file", metavar="RUN", help_behavior_hint="")]
+Into = Annotated[
+    str | None,
+    arg(help="FILE.py:factory that makes the layers of a converted network", metavar="FACTORY", help_behavior_hint=""),
+]
 Source = Annotated[
     str | None,
     arg(
@@ -142,18 +150,21 @@ def eval(
     /,
     *,
     data: Source = None,
+    into: Into = None,
     png: Annotated[
         Path | None, arg(help="draw the confusion matrix into this file", metavar="FILE", help_behavior_hint="")
     ] = None,
     json: Json = False,
     data_settings: OmitArgPrefixes[DataFlags] = DataFlags(),  # type: ignore[valid-type]  # noqa: B008
+    network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> None:
     """Measure a trained network on the test images of its data set, or of another: top-1, top-5, loss, every class.
+
+    Of a FILE.py:factory, the weights that the factory gives are measured, its kernels shared by --share.
 
     Example: dacnn eval runs/first --png confusion.png
     """
     from dacnn import tables
-    from dacnn.checkpoint import load
     from dacnn.data.sources import load_test
     from dacnn.draw import draw_confusion
     from dacnn.measure.count import count
@@ -161,17 +172,15 @@ def eval(
     from dacnn.training.evaluate import evaluate
     from dacnn.training.precision import best_device
 
-    network = load(run).to(best_device())
     recorded = (run if run.is_dir() else run.parent) / "config.toml"
     if data is None and not recorded.is_file():
         raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --data")
     config = read_config(recorded).data if recorded.is_file() else DataConfig()
     changes: dict[str, Any] = {"source": data} if data else {}
     config = dataclasses.replace(config, **changes, **_given(data_settings))
+    network = _network(run, into, config, _given(network_settings)).to(best_device())
     with bar("loading") as tick:
-        images = load_test(
-            config, network.plan.input, network.plan.classes, progress=lambda what, done, total: tick(done, total)
-        )
+        images = load_test(config, network.input, network.classes, progress=lambda what, done, total: tick(done, total))
     with bar("evaluating") as tick:
         result = evaluate(network, images, tick=tick)
     if png:
@@ -202,6 +211,7 @@ def predict(
     /,
     *,
     top: Annotated[int, arg(help="how many classes to name for each image")] = 3,
+    into: Into = None,
     json: Json = False,
 ) -> None:
     """Classify image files: the likeliest classes and their probabilities.
@@ -209,7 +219,6 @@ def predict(
     Example: dacnn predict runs/first photo.jpg holiday/
     """
     from dacnn import tables
-    from dacnn.checkpoint import load
     from dacnn.prediction import predict as predict_images
     from dacnn.progress import bar
     from dacnn.training.precision import best_device
@@ -219,7 +228,7 @@ def predict(
     if top < 1:
         raise ConfigError(f"--top is {top}: expected 1 or more")
     with bar("classifying") as tick:
-        predictions = predict_images(load(run).to(best_device()), images, top=top, tick=tick)
+        predictions = predict_images(_network(run, into).to(best_device()), images, top=top, tick=tick)
     if not json:
         tables.show(tables.prediction_table(predictions))
         return
@@ -272,7 +281,12 @@ def models(
 def show(
     network: Positional[
         Annotated[
-            str, arg(help="network of the zoo, run directory or .safetensors file", metavar="NAME", help_behavior_hint="")
+            str,
+            arg(
+                help="network of the zoo, run directory, .safetensors file or FILE.py:factory",
+                metavar="NAME",
+                help_behavior_hint="",
+            ),
         ]
     ],
     /,
@@ -292,9 +306,15 @@ def show(
     from dacnn.checkpoint import load
     from dacnn.draw import draw_plan
     from dacnn.measure.count import count
+    from dacnn.networks.factory import is_factory
     from dacnn.networks.zoo import DESIGNS
 
     given = _given(network_settings)
+    if is_factory(network):
+        if png:
+            raise ConfigError(f"--png: {network} has no plan to draw: leave it out")
+        _show_foreign(NetworkConfig(network, **given), classes, in_channels, size, json)
+        return
     if network in DESIGNS or not Path(network).exists():
         plan = _plan(NetworkConfig(network, **given), classes, in_channels, size)
     elif given:
@@ -313,20 +333,118 @@ def show(
     _print_json({"plan": _plain(plan), "readers": readers, **counts.to_table()})
 
 
+def _show_foreign(config: NetworkConfig, classes: int, channels: int, size: int, as_json: bool) -> None:
+    """Show who reads which kernel in a converted module."""
+    from dacnn import tables
+    from dacnn.measure.count import count
+    from dacnn.networks.factory import adapt
+    from dacnn.sharing.convert import conversion_of
+    from dacnn.sharing.survey import survey
+
+    network = adapt(config, _input(channels, size), tuple(map(str, range(classes))))
+    refused = survey(adapt(NetworkConfig(config.name), network.input, network.classes).module).refused
+    conversion = dataclasses.replace(conversion_of(network.module), refused=refused)
+    counts = count(network)
+    if as_json:
+        _print_json({**conversion.to_table(), **counts.to_table()})
+    else:
+        tables.show(tables.conversion_table(network, conversion, counts))
+
+
+def plan(
+    network: Positional[
+        Annotated[str, arg(help="network of the zoo, or FILE.py:factory", metavar="NAME", help_behavior_hint="")]
+    ],
+    /,
+    *,
+    budget: Annotated[
+        str | None,
+        arg(
+            help="propose the least sharing that stores no more than this, such as 100kB",
+            metavar="BYTES",
+            help_behavior_hint="",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "int8"], arg(help="format in which the values are stored", help_behavior_hint="")
+    ] = "float32",
+    classes: Annotated[int, arg(help="number of classes")] = 10,
+    in_channels: Annotated[int, arg(help="channels of an image")] = 3,
+    size: Annotated[int, arg(help="side of an image in pixels")] = 32,
+    json: Json = False,
+    network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Print what sharing would save, before anything is changed: every way of sharing, or those that are named.
+
+    Example: dacnn plan net.py:make --budget 100kB
+    """
+    from dacnn import tables
+    from dacnn.measure.proposals import SCHEMES, fitting, parse_bytes, proposals
+    from dacnn.networks.factory import adapt, is_factory, make_module
+
+    given, foreign = _given(network_settings), is_factory(network)
+    sharing = {name: given.pop(name) for name in ("share", "groups", "templates") if name in given}
+    unshared, *schemes = SCHEMES[: -1 if foreign else None]
+    input, names = _input(in_channels, size), tuple(map(str, range(classes)))
+    module = make_module(network, num_classes=classes, in_channels=in_channels) if foreign else None
+
+    def make(settings: Mapping[str, Any]) -> "Classifier | Plan":
+        config = NetworkConfig(network, **given | dict(settings))
+        return adapt(config, input, names, module) if foreign else _plan(config, classes, in_channels, size)
+
+    size_of = {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
+    found = proposals(make, (unshared, *([sharing] if sharing else schemes)), size_of)
+    chosen = fitting(make, found, parse_bytes(budget), size_of) if budget else None
+    if json:
+        rows = [{**dataclasses.asdict(proposal), "flags": proposal.flags} for proposal in found]
+        _print_json({"proposals": rows, "chosen": {**dataclasses.asdict(chosen), "flags": chosen.flags} if chosen else None})
+        return
+    tables.show(tables.proposal_table(f"{network}, values in {dtype}", found))
+    if chosen:
+        tables.show(f"fits {budget}: {chosen.flags} ({chosen.stored_bytes:,} bytes)")
+
+
+def _network(run: Path, into: str | None, data: DataConfig | None = None, given: Mapping[str, Any] = {}) -> "Classifier":
+    """A trained network, or what a factory gives for a data set."""
+    from dacnn.checkpoint import described, load
+    from dacnn.data.sources import load_data
+    from dacnn.networks.classifier import Classifier
+    from dacnn.networks.factory import adapt, is_factory, make_module
+
+    if is_factory(str(run)) and data is not None:
+        splits = load_data(data)
+        return adapt(NetworkConfig(str(run), **given), splits.input, splits.classes).eval()
+    if given:
+        raise ConfigError(
+            f"{run} is a trained network: it takes no {', '.join('--' + name.replace('_', '-') for name in given)}"
+        )
+    if into is None:
+        return load(run)
+    input, classes = described(run)
+    network = load(run, make_module(into, num_classes=len(classes), in_channels=input.channels))
+    assert isinstance(network, Classifier)
+    return network
+
+
+def _input(channels: int, size: int) -> "Input":
+    """What a network takes that has no data set yet."""
+    from dacnn.networks.plan import Input
+
+    return Input(size, size, channels, mean=(0.5,) * channels, std=(0.25,) * channels)
+
+
 def _plan(config: NetworkConfig, classes: int, channels: int, size: int) -> "Plan":
     """The plan of a network that has no data set yet."""
-    from dacnn.networks.plan import Input
     from dacnn.networks.zoo import plan_of
 
-    input = Input(size, size, channels, mean=(0.5,) * channels, std=(0.25,) * channels)
-    return plan_of(config, input, tuple(map(str, range(classes))))
+    return plan_of(config, _input(channels, size), tuple(map(str, range(classes))))
 
 
 def _plain(plan: "Plan") -> object:
     return json.loads(plan.to_json())
 
 
-_COMMANDS: dict[str, Any] = {"train": train, "eval": eval, "predict": predict, "models": models, "show": show}
+_COMMANDS: dict[str, Any] = {"train": train, "eval": eval, "predict": predict, "models": models, "show": show, "plan": plan}
 
 
 def main(arguments: list[str] | None = None) -> None:

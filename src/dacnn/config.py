@@ -134,7 +134,7 @@ class Checked:
 class NetworkConfig(Checked):
     """A network of the zoo, by name, and what is changed in it."""
 
-    name: str = setting("dacnn14", "network of the zoo (see `dacnn models`)")
+    name: str = setting("dacnn14", "network of the zoo (see `dacnn models`), or FILE.py:factory")
     width: int | None = setting(None, "channels of the first stage; later stages keep their ratio to it", low=1)
     depths: tuple[int, ...] | None = setting(None, "layers (chain) or blocks (residual) of every stage", low=1)
     share: Share | None = setting(
@@ -145,6 +145,7 @@ class NetworkConfig(Checked):
         "layers that read one kernel, a group a word: names or patterns joined by '+', such as 'stage1.*+stage2.*'",
     )
     templates: int | None = setting(None, "templates of a bank, for --share template (default: 4)", low=1)
+    start: Start | None = setting(None, "where shared kernels of a FILE.py:factory begin: first, mean, or fit (default: first)")
     base_width: int | None = setting(None, "channels of the tiled kernel, for --share repeat (default: narrowest stage)", low=1)
     regulator: str | None = setting(None, "pointwise, depthwise, low-rank, shift, or none")
     regulator_place: RegulatorPlace | None = setting(None, "before-norm: behind each shared convolution; after-norm: per block")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dacnn.data.fit import read_image
 from dacnn.errors import DataError
-from dacnn.networks.network import Network
+from dacnn.networks.classifier import Classifier
 
 _BATCH = 64
 
@@ -59,7 +59,11 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 @torch.inference_mode()
 def predict(
-    network: Network, paths: Sequence[str | Path], *, top: int = 5, tick: Callable[[int, int], None] = lambda done, total: None
+    network: Classifier,
+    paths: Sequence[str | Path],
+    *,
+    top: int = 5,
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Prediction]:
     """Classify image files.
 
@@ -76,12 +80,12 @@ def predict(
         DataError: A file is missing or no image.
     """
     files = find_images(paths)
-    classes = network.plan.classes
+    classes = network.classes
     device = next(network.parameters()).device
     predictions: list[Prediction] = []
     for start in range(0, len(files), _BATCH):
         batch = files[start : start + _BATCH]
-        images_nhwc = torch.from_numpy(np.stack([read_image(file, network.plan.input) for file in batch]))
+        images_nhwc = torch.from_numpy(np.stack([read_image(file, network.input) for file in batch]))
         likely = network(images_nhwc.to(device)).float().softmax(dim=1).topk(min(top, len(classes)), dim=1)
         for file, probabilities, indices in zip(batch, likely.values.tolist(), likely.indices.tolist(), strict=True):
             predictions.append(Prediction(file, tuple(classes[k] for k in indices), tuple(probabilities)))

@@ -10,9 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dacnn.measure.count import Counts
+from dacnn.measure.proposals import Proposal
+from dacnn.networks.adapted import Adapted
 from dacnn.networks.plan import Plan
 from dacnn.prediction import Prediction
 from dacnn.sharing.anchors import Combine, Repeat
+from dacnn.sharing.convert import Conversion
 from dacnn.training.evaluate import Evaluation
 from dacnn.training.train import TrainResult
 
@@ -92,3 +95,30 @@ def plan_table(plan: Plan, counts: Counts) -> RenderableType:
     used = f"{counts.used_parameters:,} used ({counts.used_parameters / counts.stored_parameters:.1f}x)"
     work = f"{counts.macs / 1e6:,.1f} M multiply-adds an image, {counts.stored_bytes:,} bytes in float32"
     return Group(table, f"{counts.stored_parameters:,} parameters stored, {used}, {work}")
+
+
+def conversion_table(network: Adapted, conversion: Conversion, counts: Counts) -> RenderableType:
+    """A shared kernel a row: its shape and who reads it; what cannot share, and why; and the counts of the network."""
+    table = _table(type(network.module).__name__, "kernel", "shape", right=("parameters", "readers"))
+    table.add_column("read by")
+    behind = f" (+ {conversion.regulator})" if conversion.regulator else ""
+    for name, readers in conversion.groups.items():
+        assert network.owner is not None
+        shape = tuple(network.owner[name].shape)
+        size = f"{math.prod(shape):,}"
+        table.add_row(name, "x".join(map(str, shape)), size, str(len(readers)), ", ".join(readers) + behind)
+    refused = [Text(f"{name}: not shared, it {reason}") for name, reason in conversion.refused.items()]
+    used = f"{counts.used_parameters:,} used ({counts.used_parameters / counts.stored_parameters:.1f}x)"
+    work = f"{counts.macs / 1e6:,.1f} M multiply-adds an image, {counts.stored_bytes:,} bytes in float32"
+    return Group(table, *refused, f"{counts.stored_parameters:,} parameters stored, {used}, {work}")
+
+
+def proposal_table(name: str, proposals: Iterable[Proposal]) -> RenderableType:
+    """A way of sharing a row."""
+    table = _table(name, "share", right=("kernels", "layers", "parameters", "bytes", "of unshared"))
+    found = list(proposals)
+    for proposal in found:
+        numbers = (proposal.kernels, proposal.readers, proposal.stored_parameters, proposal.stored_bytes)
+        share = f"{proposal.stored_bytes / found[0].stored_bytes:.1%}"
+        table.add_row(proposal.flags, *(f"{number:,}" for number in numbers), share)
+    return table

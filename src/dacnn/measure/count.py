@@ -1,11 +1,13 @@
 """What a network stores, what it uses, what it computes."""
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dacnn.networks.classifier import Classifier
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
 
@@ -31,11 +33,11 @@ class Counts:
         return asdict(self)
 
 
-def count(network: Network | Plan) -> Counts:
+def count(network: Classifier | Plan) -> Counts:
     """Count what a network stores, uses and computes.
 
     Args:
-        network: A network, or the plan of one, which is not built for this.
+        network: A network, or the plan of one, which is not built for this. A foreign one is run once, on one image.
 
     Returns:
         The counts.
@@ -46,14 +48,20 @@ def count(network: Network | Plan) -> Counts:
         >>> counts.stored_parameters, counts.used_parameters
         (167140, 1789156)
     """
-    plan = network if isinstance(network, Plan) else network.plan
-    with torch.device("meta"):
-        twin = Network(plan).eval()
-        images = torch.empty(1, plan.input.channels, plan.input.height, plan.input.width)
+    if isinstance(network, Plan | Network):
+        with torch.device("meta"):
+            twin: Classifier = Network(network if isinstance(network, Plan) else network.plan)
+    else:
+        twin = copy.deepcopy(network)
+    input, device = twin.input, next(twin.parameters()).device
+    images = torch.zeros(1, input.channels, input.height, input.width, device=device)
     stored = sum(parameter.numel() for parameter in twin.parameters())
-    # what a reader stores for itself is in its kernel already
-    evaluated = sum(math.prod(layer.kernel_shape) for layer in plan.layers())
-    again = evaluated - sum(parameter.numel() for parameter in twin.anchors.parameters())
+    again = 0
+    if twin.owner is not None:
+        # what a reader stores for itself is in its kernel already
+        evaluated = sum(map(math.prod, twin.owner.kernel_shapes.values()))
+        again = evaluated - sum(parameter.numel() for parameter in twin.owner.parameters())
+    twin.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         twin(images)
     return Counts(

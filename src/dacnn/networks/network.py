@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dacnn.config import NetworkConfig
 from dacnn.errors import ConfigError, ShapeError
-from dacnn.networks.normalize import Normalize
+from dacnn.networks.classifier import Classifier
 from dacnn.networks.plan import Block, Input, Layer, Plan
 from dacnn.networks.zoo import plan_of
 from dacnn.sharing.anchors import Anchors
@@ -25,12 +25,6 @@ def _reader(layer: Layer) -> Reader:
     if regulator is None:
         return Reader(layer.out_channels)
     return Reader(layer.out_channels, make_regulator(regulator.kind, layer.out_channels, regulator.rank), regulator.place)
-
-
-def _refill(network: nn.Module, incompatible: object) -> None:
-    """The statistics of the input are in no state dict: whoever loads one into empty memory gets them from the plan."""
-    assert isinstance(network, Network)
-    network.normalize.reset_statistics(network.classifier.weight.device)
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -78,7 +72,7 @@ class PlannedBlock(nn.Module):
         return halve_by_max(x) if halve else x
 
 
-class Network(nn.Module):
+class Network(Classifier):
     """An anchored network: `anchors` owns the kernels, everything else reads them.
 
     Attributes:
@@ -93,15 +87,18 @@ class Network(nn.Module):
             plan: The plan.
             generator: Source of the start values; None is PyTorch's global one.
         """
-        super().__init__()
+        super().__init__(plan.input, plan.classes)
         self.plan = plan
-        self.normalize = Normalize(plan.input)
         self.anchors = Anchors({layer.name: (layer.expression, layer.kernel_shape) for layer in plan.layers()})
         self.stem = _reader(plan.stem)
         self.stages = nn.ModuleList([nn.ModuleList([PlannedBlock(block) for block in stage.blocks]) for stage in plan.stages])
         self.classifier = nn.Linear(plan.features, len(plan.classes))
         self.reset_parameters(generator)
-        self.register_load_state_dict_post_hook(_refill)  # type: ignore[no-untyped-call]
+
+    @property
+    def owner(self) -> Anchors:
+        """Who owns the kernels."""
+        return self.anchors
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw kernels, low-rank regulators and the linear layer anew.
@@ -126,25 +123,31 @@ class Network(nn.Module):
         super()._apply(lambda tensor: _plain(fn(tensor)), recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Classify images.
+    def check_images(self, images: Tensor, x: Tensor) -> None:
+        """Refuse images that the network cannot take: any H and W of at least `plan.smallest_side` will do.
 
         Args:
-            images: uint8 of shape (N, H, W, C), or already normalised floats of shape (N, C, H, W). Any H and W of at
-                least `plan.smallest_side`.
-
-        Returns:
-            Logits, shape (N, K).
+            images: As they were given.
+            x: The same, normalised.
 
         Raises:
-            ShapeError: The images have another shape.
+            ShapeError: They have another shape.
         """
-        x = self.normalize(images) if images.dtype == torch.uint8 else images
         if x.ndim != 4 or x.shape[1] != self.plan.input.channels or min(x.shape[2:]) < self.plan.smallest_side:
             raise ShapeError(
                 f"images have shape {tuple(images.shape)}: expected N x {self.plan.input.channels} x H x W (or uint8, "
                 f"N x H x W x {self.plan.input.channels}) of at least {self.plan.smallest_side} pixels a side"
             )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Run the layers.
+
+        Args:
+            x: Normalised floats, shape (N, C, H, W).
+
+        Returns:
+            Shape (N, K).
+        """
         x = self.stem(x, self.anchors.read(self.plan.stem.name), relu=True)
         for stage, blocks in zip(self.plan.stages, self.stages, strict=True):
             assert isinstance(blocks, nn.ModuleList)
@@ -153,8 +156,8 @@ class Network(nn.Module):
                 x = block(x, self.anchors, halve=stage.pool and index == len(blocks))
             if stage.pool and not blocks:
                 x = halve_by_max(x)
-        logits: Tensor = self.classifier(x.mean(dim=(2, 3)))
-        return logits
+        y: Tensor = self.classifier(x.mean(dim=(2, 3)))
+        return y
 
 
 def create(

@@ -322,7 +322,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as one line of JSON, keys sorted, defaults left out: equal plans give equal text."""
-        return json.dumps(_to_plain(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return json.dumps(to_plain(self), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -338,21 +338,21 @@ class Plan:
             PlanError: The text is no plan.
         """
         try:
-            return _from_plain(cls, json.loads(text))  # type: ignore[no-any-return]
+            return from_plain(cls, json.loads(text))  # type: ignore[no-any-return]
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise PlanError(f"not a plan: {error}") from None
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Dataclasses to dicts without the fields at their defaults, tuples to lists."""
     if dataclasses.is_dataclass(value):
         pairs = ((item, getattr(value, item.name)) for item in dataclasses.fields(value))
-        return {item.name: _to_plain(content) for item, content in pairs if content != item.default}
-    return [_to_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {item.name: to_plain(content) for item, content in pairs if content != item.default}
+    return [to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _meant(kinds: tuple[Any, ...], value: Any) -> Any:
-    """Which of several kinds a value of `_to_plain` is of; dataclasses are told apart by their fields."""
+    """Which of several kinds a value of `to_plain` is of; dataclasses are told apart by their fields."""
     if isinstance(value, dict):
         for kind in filter(dataclasses.is_dataclass, kinds):
             if {item.name for item in dataclasses.fields(kind)} >= value.keys():
@@ -360,13 +360,17 @@ def _meant(kinds: tuple[Any, ...], value: Any) -> Any:
     return next((kind for kind in kinds if type(value) is kind), kinds[0])
 
 
-def _from_plain(kind: Any, value: Any) -> Any:
-    """The inverse of `_to_plain` for a value of the annotated type `kind`; refuses values of any other type."""
+def from_plain(kind: Any, value: Any) -> Any:
+    """The inverse of `to_plain` for a value of the annotated type `kind`.
+
+    Raises:
+        ValueError: The value is of another type.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None and types.NoneType in arguments else _from_plain(_meant(arguments, value), value)
+        return None if value is None and types.NoneType in arguments else from_plain(_meant(arguments, value), value)
     if origin is tuple and type(value) is list:
-        return tuple(_from_plain(arguments[0], item) for item in value)
+        return tuple(from_plain(arguments[0], item) for item in value)
     if origin is Literal and type(value) is str and value in arguments:
         return value
     if dataclasses.is_dataclass(kind) and type(value) is dict:
@@ -374,7 +378,7 @@ def _from_plain(kind: Any, value: Any) -> Any:
         for name in value:
             if name not in hints:
                 raise ValueError(f"{getattr(kind, '__name__', kind)} has no field '{name}'")
-        return kind(**{name: _from_plain(hints[name], content) for name, content in value.items()})  # type: ignore[operator]
+        return kind(**{name: from_plain(hints[name], content) for name, content in value.items()})  # type: ignore[operator]
     if type(value) is kind or (kind is float and type(value) is int):
         return value
     raise ValueError(f"{value!r} stands where {getattr(kind, '__name__', kind)} is expected"[:500])

@@ -212,6 +212,13 @@ class Anchors(nn.Module):
         """How many tensors are stored for all readers."""
         return len(self._parameters)
 
+    def readers(self) -> dict[str, list[str]]:
+        """For every stored tensor, the names of its readers."""
+        readers: dict[str, list[str]] = {}
+        for name, expression in self.expressions.items():
+            readers.setdefault(expression.anchor, []).append(name)
+        return readers
+
     def read(self, reader: str) -> Tensor:
         """The kernel of a reader, evaluated now and kept nowhere.
 

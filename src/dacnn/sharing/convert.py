@@ -17,8 +17,8 @@ from dacnn.config import Start
 from dacnn.errors import ConfigError, PlanError, UnknownNameError
 from dacnn.sharing.anchors import Anchors, Combine, Expression, Shape, Stored
 from dacnn.sharing.groups import match_groups
-from dacnn.sharing.readers import become_reader, regulator_behind
-from dacnn.sharing.regulators import check_regulator
+from dacnn.sharing.readers import Behind, become_reader, owner_of, regulator_behind
+from dacnn.sharing.regulators import check_regulator, regulator_kind
 from dacnn.sharing.start import start_bank, start_value, take_up
 from dacnn.sharing.survey import Example, Layer, Survey, Trace, kernel_kind, regulated_past, survey, trace
 
@@ -89,6 +89,9 @@ def propose(
         found = _without(found, regulated_past(module))
     traced = trace(module, found.layers, example) if example is not None and isinstance(rule, str) else None
     groups = _group(found, rule, traced)
+    if templates is not None and (isinstance(rule, str) or callable(rule)):
+        # a bank of as many templates as layers would store what they store
+        groups = {name: readers for name, readers in groups.items() if len(readers) > templates}
     for name, readers in groups.items():
         if templates is not None and len(readers) < templates:
             raise PlanError(f"{name} has {len(readers)} layers for {templates} templates: expected at most as many templates")
@@ -310,3 +313,23 @@ def _place(anchors: Anchors, module: nn.Module, first_reader: str) -> None:
     if hasattr(home, "anchors"):
         raise PlanError("the module has an attribute 'anchors' already, where the shared kernels would stand: rename it")
     home.add_module("anchors", anchors)
+
+
+def conversion_of(module: nn.Module) -> Conversion:
+    """Which layers of a converted module read which kernel, read off the module itself.
+
+    Args:
+        module: What `anchor` gave, or any other module, which then shares nothing.
+
+    Returns:
+        The conversion; what was refused is not known any more.
+    """
+    anchors = owner_of(module)
+    if anchors is None:
+        return Conversion({})
+    expression = next(iter(anchors.expressions.values()))
+    behind = module.get_submodule(next(iter(anchors.expressions))).regulator
+    inner = behind.inner if isinstance(behind, Behind) else behind
+    kind, rank = regulator_kind(cast(nn.Module, inner)) if inner is not None else (None, None)
+    groups = {name: tuple(readers) for name, readers in anchors.readers().items()}
+    return Conversion(groups, {}, kind, rank, expression.templates if isinstance(expression, Combine) else None)

@@ -133,3 +133,18 @@ def make_regulator(kind: str, channels: int, rank: int | None = None) -> nn.Modu
     if rank is not None:
         return RANKED_REGULATORS[kind](channels, rank)
     return REGULATORS[kind](channels)
+
+
+def regulator_kind(regulator: nn.Module) -> tuple[str, int | None]:
+    """Name and rank of a regulator.
+
+    Args:
+        regulator: What `make_regulator` made.
+
+    Returns:
+        What it was made from.
+    """
+    if isinstance(regulator, LowRank):
+        return "low-rank", regulator.down.out_channels
+    kinds = {Pointwise: "pointwise", Depthwise: "depthwise", ChannelShift: "shift"}
+    return kinds[type(regulator)], None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dacnn.data.batches import ahead
 from dacnn.data.imageset import ImageSet
 from dacnn.errors import DataError
-from dacnn.networks.network import Network
+from dacnn.networks.classifier import Classifier
 from dacnn.training.precision import Execution
 
 # N images, K classes
@@ -116,5 +116,5 @@ def evaluate(
         top5=float(sums[0]) / total,
         loss=float(sums[1]) / total,
         confusion=confusion.long(),
-        classes=network.plan.classes if isinstance(network, Network) else classes,
+        classes=network.classes if isinstance(network, Classifier) else classes,
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from dacnn.config import Config, TrainingConfig, read_config
 from dacnn.errors import UnknownNameError
-from dacnn.networks.network import Network
+from dacnn.networks.classifier import Classifier
 
 
 def recipe_names() -> list[str]:
@@ -53,9 +53,10 @@ def parameter_groups(network: nn.Module, config: TrainingConfig) -> list[dict[st
     """
     shared: set[int] = set()
     own: set[int] = set()
-    if isinstance(network, Network):
-        own = set(map(id, network.anchors.own.parameters()))
-        shared = {id(network.anchors[name]) for name, readers in network.plan.readers().items() if len(readers) > 1}
+    anchors = network.owner if isinstance(network, Classifier) else None
+    if anchors is not None:
+        own = set(map(id, anchors.own.parameters()))
+        shared = {id(anchors[name]) for name, readers in anchors.readers().items() if len(readers) > 1}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in network.parameters():
         if not parameter.requires_grad:

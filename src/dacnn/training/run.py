@@ -20,7 +20,6 @@ from torch import Tensor
 from dacnn.checkpoint import replacing, save
 from dacnn.config import Config, read_config
 from dacnn.errors import CheckpointError, PlanError
-from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
 from dacnn.training.loop import EpochRecord, Loop
 from dacnn.training.state import read_state, save_state
@@ -111,7 +110,6 @@ class Run:
             records: Of all epochs so far.
             best: Whether the network is the best so far.
         """
-        assert isinstance(loop.network, Network)
         save(loop.network, self.path / "last.safetensors")
         if best:
             save(loop.network, self.path / "best.safetensors")

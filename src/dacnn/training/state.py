@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dacnn.checkpoint import load_tensors, save_tensors
+from dacnn.checkpoint import load_tensors, save_tensors, stored_once
 from dacnn.errors import CheckpointError
 from dacnn.training.loop import Loop
 
@@ -27,7 +27,7 @@ def save_state(loop: Loop, path: Path) -> None:
     Raises:
         CheckpointError: The file cannot be written.
     """
-    tensors = {f"network.{name}": tensor for name, tensor in loop.network.state_dict().items()}
+    tensors = {f"network.{name}": tensor for name, tensor in stored_once(loop.network.state_dict()).items()}
     for index, values in loop.optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if value is not None:
@@ -37,9 +37,8 @@ def save_state(loop: Loop, path: Path) -> None:
     if loop.device.type == "cuda":
         tensors["generator.cuda"] = torch.cuda.get_rng_state(loop.device)
     position = {"epoch": loop.epoch, "step": loop.step, "best_top1": loop.best_top1}
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"format": _FORMAT, "position": position, "execution": loop.execution.to_table(), "torch": torch.__version__}
-    save_tensors(path, contiguous, metadata)
+    save_tensors(path, tensors, metadata)
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -91,7 +90,9 @@ def restore_state(loop: Loop, tensors: dict[str, Tensor], metadata: dict[str, An
     optimizer = loop.optimizer.state_dict()
     optimizer["state"] = moments
     try:
-        loop.network.load_state_dict(network)
+        if network.keys() != stored_once(loop.network.state_dict()).keys():
+            raise KeyError("it has other tensors")
+        loop.network.load_state_dict(network, strict=False)
         loop.optimizer.load_state_dict(optimizer)
         loop.totals.copy_(tensors["totals"])
         torch.set_rng_state(tensors["generator.cpu"])

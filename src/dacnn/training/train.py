@@ -1,18 +1,23 @@
 """From a recipe and images to a trained network in a run directory."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from dacnn.checkpoint import load, weights_path
-from dacnn.config import Config, TrainingConfig
+from dacnn.config import Config, NetworkConfig, TrainingConfig
 from dacnn.data.sources import Splits, load_data
 from dacnn.errors import CheckpointError, ConfigError, Interrupted, TrainingError
+from dacnn.networks.adapted import Adapted
+from dacnn.networks.classifier import Classifier
+from dacnn.networks.factory import adapt, is_factory, rule_of
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
 from dacnn.networks.zoo import design_of, plan_of
@@ -23,6 +28,9 @@ from dacnn.training.precision import Execution, choose
 from dacnn.training.recipe import load_recipe
 from dacnn.training.run import Run
 from dacnn.training.state import restore_state
+
+# begins the name, in a config, of a module that was handed over
+_FROM_PYTHON = "python:"
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class TrainResult:
         records: What was measured behind each epoch.
     """
 
-    network: Network
+    network: Classifier
     run: Path
     config: Config
     records: tuple[EpochRecord, ...]
@@ -71,13 +79,19 @@ def configure(network: str | None = None, data: str | None = None, recipe: str |
         ConfigError: A value is out of range.
     """
     base = load_recipe(recipe or ("digits" if data in (None, "digits") else "fast"))
+    if network is not None and (is_factory(network) or network.startswith(_FROM_PYTHON)):
+        # what a recipe says of the network, it says of one of the zoo
+        base = dataclasses.replace(base, network=NetworkConfig())
     config = base.merged(Config.sorted_into_tables({"name": network, "source": data, **overrides}))
-    design_of(config.network)
+    if is_factory(config.network.name):
+        rule_of(config.network)
+    elif not config.network.name.startswith(_FROM_PYTHON):
+        design_of(config.network)
     return config
 
 
 def train(
-    network: str | Plan | None = None,
+    network: str | Plan | nn.Module | None = None,
     *,
     data: str | None = None,
     recipe: str | None = None,
@@ -90,8 +104,9 @@ def train(
     """Train a network on images, into a run directory.
 
     Args:
-        network: A name of the zoo, or a plan whose layers are kept while input and classes come from the data.
-            None: the recipe's.
+        network: A name of the zoo, or FILE.py:factory; a plan, whose layers are kept while input and classes come from
+            the data; or any module that takes N x C x H x W and gives logits, converted by `dacnn.anchor` or not, which is
+            left as it is. None: the recipe's.
         data: A data set: `digits`, `cifar10`, a folder, ... None: the recipe's.
         recipe: A recipe's name or TOML file; None: `digits` for the digits, else `fast`.
         out: The run directory; None: a new one under `runs/`.
@@ -117,7 +132,8 @@ def train(
         print(result.best.validation_top1, result.weights)
     """
     plan = network if isinstance(network, Plan) else None
-    name = None if isinstance(network, Plan) else network
+    module = network if isinstance(network, nn.Module) else None
+    name = f"{_FROM_PYTHON}{type(module).__name__}" if module is not None else None if plan else cast(str | None, network)
     chosen = {"name": name, "source": data, **overrides}
     if config is None:
         config = configure(name, data, recipe, **overrides)
@@ -135,10 +151,10 @@ def train(
             raise CheckpointError(f"{run.path}: already holds a run: go on with it by --resume, or choose another --out")
         config, plan = run.config(), run.plan()
         run.check_same(config, Config.sorted_into_tables(chosen))
-    return _train(config, plan, run, listener or Listener())
+    return _train(config, plan, module, run, listener or Listener())
 
 
-def _train(config: Config, plan: Plan | None, run: Run, listener: Listener) -> TrainResult:
+def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run, listener: Listener) -> TrainResult:
     accelerator = Accelerator(cpu=config.training.device == "cpu", log_with="tensorboard", project_dir=str(run.path))
     if accelerator.device.type not in ("cpu", "cuda"):
         raise TrainingError(f"device '{accelerator.device.type}' is not supported: use --device cpu")
@@ -148,7 +164,7 @@ def _train(config: Config, plan: Plan | None, run: Run, listener: Listener) -> T
     execution = _execution(config.training, accelerator, state[1]["execution"] if state else {})
     splits = load_data(config.data, progress=listener.loading)
     listener.log(execution.describe())
-    network = Network(_fitted(plan, config, splits), torch.Generator().manual_seed(config.training.seed))
+    network = _network(plan, module, config, splits)
     torch.manual_seed(config.training.seed)
     loop = Loop(network, splits, config.training, accelerator, execution)
     if state:
@@ -168,7 +184,8 @@ def _train(config: Config, plan: Plan | None, run: Run, listener: Listener) -> T
         for tracker in accelerator.trackers:
             tracker.finish()
     accelerator.wait_for_everyone()
-    return TrainResult(load(run.path), run.path, config, tuple(records))
+    into = network.module if isinstance(network, Adapted) else None
+    return TrainResult(cast(Classifier, load(run.path, into)).cpu(), run.path, config, tuple(records))
 
 
 def _execution(config: TrainingConfig, accelerator: Accelerator, before: dict[str, Any]) -> Execution:
@@ -177,6 +194,17 @@ def _execution(config: TrainingConfig, accelerator: Accelerator, before: dict[st
     if threads is not None:
         torch.set_num_threads(threads)
     return choose(config, accelerator.device.type, accelerator.num_processes)
+
+
+def _network(plan: Plan | None, module: nn.Module | None, config: Config, splits: Splits) -> Classifier:
+    """What is trained; its start values follow from the seed, but for a module that came with its own."""
+    seed, name = config.training.seed, config.network.name
+    if module is not None or is_factory(name):
+        torch.manual_seed(seed)
+        return adapt(config.network, splits.input, splits.classes, module)
+    if name.startswith(_FROM_PYTHON):
+        raise ConfigError(f"'{name}' was given from Python: go on from there, dacnn.train(module, out=..., resume=True)")
+    return Network(_fitted(plan, config, splits), torch.Generator().manual_seed(seed))
 
 
 def _fitted(plan: Plan | None, config: Config, splits: Splits) -> Plan:

@@ -1,0 +1,78 @@
+"""What all networks have in common, ours and foreign ones: they know what they take and what they tell apart."""
+
+import torch
+from torch import Tensor, nn
+
+from dacnn.networks.normalize import Normalize
+from dacnn.networks.plan import Input
+from dacnn.sharing.anchors import Anchors
+
+# N images, C channels, H rows, W columns, K classes
+
+
+def _refill(network: nn.Module, incompatible: object) -> None:
+    """The statistics of the input are in no state dict: whoever loads one into empty memory gets them from the description."""
+    assert isinstance(network, Classifier)
+    network.normalize.reset_statistics(next(network.parameters()).device)
+
+
+class Classifier(nn.Module):
+    """From images, as they are, to logits.
+
+    Attributes:
+        input: What it takes.
+        classes: Names of the classes it tells apart.
+        normalize: From uint8 images to what the first layer takes.
+    """
+
+    def __init__(self, input: Input, classes: tuple[str, ...]) -> None:
+        """Make a network of no layers yet."""
+        super().__init__()
+        self.input = input
+        self.classes = classes
+        self.normalize = Normalize(input)
+        self.register_load_state_dict_post_hook(_refill)  # type: ignore[no-untyped-call]
+
+    @property
+    def owner(self) -> Anchors | None:
+        """Who owns the kernels; None where nothing is shared."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: uint8 of shape (N, H, W, C), or already normalised floats of shape (N, C, H, W).
+
+        Returns:
+            Logits, shape (N, K).
+
+        Raises:
+            ShapeError: The images have another shape.
+        """
+        x = self.normalize(images) if images.dtype == torch.uint8 else images
+        self.check_images(images, x)
+        return self.logits(x)
+
+    def check_images(self, images: Tensor, x: Tensor) -> None:
+        """Refuse images that the network cannot take.
+
+        Args:
+            images: As they were given.
+            x: The same, normalised.
+
+        Raises:
+            ShapeError: They have another shape.
+        """
+        raise NotImplementedError
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Run the layers.
+
+        Args:
+            x: Normalised floats, shape (N, C, H, W).
+
+        Returns:
+            Shape (N, K).
+        """
+        raise NotImplementedError
