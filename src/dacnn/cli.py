@@ -168,17 +168,20 @@ def eval(
     from dacnn.data.sources import load_test
     from dacnn.draw import draw_confusion
     from dacnn.measure.count import count
+    from dacnn.networks.factory import is_factory
     from dacnn.progress import bar
     from dacnn.training.evaluate import evaluate
     from dacnn.training.precision import best_device
 
+    given = _given(network_settings)
+    trained = None if is_factory(str(run)) else _trained(run, into, given)
     recorded = (run if run.is_dir() else run.parent) / "config.toml"
     if data is None and not recorded.is_file():
         raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --data")
     config = read_config(recorded).data if recorded.is_file() else DataConfig()
     changes: dict[str, Any] = {"source": data} if data else {}
     config = dataclasses.replace(config, **changes, **_given(data_settings))
-    network = _network(run, into, config, _given(network_settings)).to(best_device())
+    network = (trained or _untrained(NetworkConfig(str(run), **given), config)).to(best_device())
     with bar("loading") as tick:
         images = load_test(config, network.input, network.classes, progress=lambda what, done, total: tick(done, total))
     with bar("evaluating") as tick:
@@ -228,7 +231,7 @@ def predict(
     if top < 1:
         raise ConfigError(f"--top is {top}: expected 1 or more")
     with bar("classifying") as tick:
-        predictions = predict_images(_network(run, into).to(best_device()), images, top=top, tick=tick)
+        predictions = predict_images(_trained(run, into, {}).to(best_device()), images, top=top, tick=tick)
     if not json:
         tables.show(tables.prediction_table(predictions))
         return
@@ -318,9 +321,7 @@ def show(
     if network in DESIGNS or not Path(network).exists():
         plan = _plan(NetworkConfig(network, **given), classes, in_channels, size)
     elif given:
-        raise ConfigError(
-            f"{network} is a trained network: it takes no {', '.join('--' + name.replace('_', '-') for name in given)}"
-        )
+        raise _takes_no(network, given)
     else:
         plan = load(network).plan
     counts = count(plan)
@@ -404,26 +405,34 @@ def plan(
         tables.show(f"fits {budget}: {chosen.flags} ({chosen.stored_bytes:,} bytes)")
 
 
-def _network(run: Path, into: str | None, data: DataConfig | None = None, given: Mapping[str, Any] = {}) -> "Classifier":
-    """A trained network, or what a factory gives for a data set."""
+def _trained(run: Path, into: str | None, given: Mapping[str, Any]) -> "Classifier":
+    """A trained network; of a converted one, the layers that a factory makes."""
     from dacnn.checkpoint import described, load
-    from dacnn.data.sources import load_data
     from dacnn.networks.classifier import Classifier
-    from dacnn.networks.factory import adapt, is_factory, make_module
+    from dacnn.networks.factory import make_module
 
-    if is_factory(str(run)) and data is not None:
-        splits = load_data(data)
-        return adapt(NetworkConfig(str(run), **given), splits.input, splits.classes).eval()
     if given:
-        raise ConfigError(
-            f"{run} is a trained network: it takes no {', '.join('--' + name.replace('_', '-') for name in given)}"
-        )
+        raise _takes_no(str(run), given)
     if into is None:
         return load(run)
     input, classes = described(run)
     network = load(run, make_module(into, num_classes=len(classes), in_channels=input.channels))
     assert isinstance(network, Classifier)
     return network
+
+
+def _takes_no(trained: str, given: Mapping[str, Any]) -> ConfigError:
+    flags = ", ".join("--" + name.replace("_", "-") for name in given)
+    return ConfigError(f"{trained} is a trained network: it takes no {flags}")
+
+
+def _untrained(config: NetworkConfig, data: DataConfig) -> "Classifier":
+    """What a factory gives for a data set."""
+    from dacnn.data.sources import load_data
+    from dacnn.networks.factory import adapt
+
+    splits = load_data(data)
+    return adapt(config, splits.input, splits.classes).eval()
 
 
 def _input(channels: int, size: int) -> "Input":
