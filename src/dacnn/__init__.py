@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
     from dacnn.errors import DacnnError
     from dacnn.measure.count import count
+    from dacnn.networks.fold import alike, fold
     from dacnn.networks.network import Network, create
     from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
     from dacnn.prediction import predict
@@ -35,10 +36,12 @@ _HOMES = {
     "Repeat": "sharing.anchors",
     "Stage": "networks.plan",
     "TrainingConfig": "config",
+    "alike": "networks.fold",
     "anchor": "sharing.convert",
     "count": "measure.count",
     "create": "networks.network",
     "evaluate": "training.evaluate",
+    "fold": "networks.fold",
     "load": "checkpoint",
     "predict": "prediction",
     "read_config": "config",
@@ -62,10 +65,12 @@ __all__ = [
     "Repeat",
     "Stage",
     "TrainingConfig",
+    "alike",
     "anchor",
     "count",
     "create",
     "evaluate",
+    "fold",
     "load",
     "predict",
     "read_config",

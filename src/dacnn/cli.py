@@ -175,12 +175,7 @@ def eval(
 
     given = _given(network_settings)
     trained = None if is_factory(str(run)) else _trained(run, into, given)
-    recorded = (run if run.is_dir() else run.parent) / "config.toml"
-    if data is None and not recorded.is_file():
-        raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --data")
-    config = read_config(recorded).data if recorded.is_file() else DataConfig()
-    changes: dict[str, Any] = {"source": data} if data else {}
-    config = dataclasses.replace(config, **changes, **_given(data_settings))
+    config = _data_of(run, data, _given(data_settings))
     network = (trained or _untrained(NetworkConfig(str(run), **given), config)).to(best_device())
     with bar("loading") as tick:
         images = load_test(config, network.input, network.classes, progress=lambda what, done, total: tick(done, total))
@@ -334,6 +329,64 @@ def show(
     _print_json({"plan": _plain(plan), "readers": readers, **counts.to_table()})
 
 
+def fold(
+    run: Positional[RunPath],
+    /,
+    *,
+    out: Annotated[
+        Path, arg(help="write the folded network into this .safetensors file", metavar="FILE", help_behavior_hint="")
+    ],
+    kernels: Annotated[int | None, arg(help="kernels that come out of each bank", metavar="INT", help_behavior_hint="")] = None,
+    similarity: Annotated[
+        float | None,
+        arg(help="or how alike layers must be to read one, 0 to 1 (default: 0.9)", metavar="FLOAT", help_behavior_hint=""),
+    ] = None,
+    data: Source = None,
+    json: Json = False,
+    data_settings: OmitArgPrefixes[DataFlags] = DataFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Let layers of a template network that have become alike read one kernel; measure what that costs.
+
+    Example: dacnn fold runs/template --kernels 2 --out folded.safetensors
+    """
+    from dacnn import tables
+    from dacnn.checkpoint import load, save
+    from dacnn.data.sources import load_test
+    from dacnn.measure.count import count
+    from dacnn.networks.fold import alike
+    from dacnn.networks.fold import fold as fold_network
+    from dacnn.progress import bar
+    from dacnn.training.evaluate import evaluate
+    from dacnn.training.precision import best_device
+
+    network = load(run)
+    folded, done = fold_network(network, kernels=kernels, similarity=similarity)
+    with bar("loading") as tick:
+        images = load_test(
+            _data_of(run, data, _given(data_settings)),
+            network.input,
+            network.classes,
+            progress=lambda what, done, total: tick(done, total),
+        )
+    measured = []
+    for candidate in (network, folded):
+        with bar("evaluating") as tick:
+            measured.append((evaluate(candidate.to(best_device()), images, tick=tick), count(candidate)))
+    save(folded, out)
+    if not json:
+        tables.show(tables.fold_table(alike(network), done, measured))
+        return
+    names = ("before", "after")
+    _print_json(
+        {
+            "groups": done.groups,
+            "errors": done.errors,
+            "similarity": {bank.name: {"layers": bank.layers, "cosines": bank.similarity.tolist()} for bank in alike(network)},
+            **{name: {"top1": found.top1, **counts.to_table()} for name, (found, counts) in zip(names, measured, strict=True)},
+        }
+    )
+
+
 def _show_foreign(config: NetworkConfig, classes: int, channels: int, size: int, as_json: bool) -> None:
     """Show who reads which kernel in a converted module."""
     from dacnn import tables
@@ -405,6 +458,16 @@ def plan(
         tables.show(f"fits {budget}: {chosen.flags} ({chosen.stored_bytes:,} bytes)")
 
 
+def _data_of(run: Path, data: str | None, given: Mapping[str, Any]) -> DataConfig:
+    """The data set of a run, or another that was named."""
+    recorded = (run if run.is_dir() else run.parent) / "config.toml"
+    if data is None and not recorded.is_file():
+        raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --data")
+    config = read_config(recorded).data if recorded.is_file() else DataConfig()
+    changes: dict[str, Any] = {"source": data} if data else {}
+    return dataclasses.replace(config, **changes, **given)
+
+
 def _trained(run: Path, into: str | None, given: Mapping[str, Any]) -> "Classifier":
     """A trained network; of a converted one, the layers that a factory makes."""
     from dacnn.checkpoint import described, load
@@ -453,7 +516,15 @@ def _plain(plan: "Plan") -> object:
     return json.loads(plan.to_json())
 
 
-_COMMANDS: dict[str, Any] = {"train": train, "eval": eval, "predict": predict, "models": models, "show": show, "plan": plan}
+_COMMANDS: dict[str, Any] = {
+    "train": train,
+    "eval": eval,
+    "predict": predict,
+    "models": models,
+    "show": show,
+    "plan": plan,
+    "fold": fold,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

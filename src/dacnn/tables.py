@@ -1,7 +1,7 @@
 """Results as a person reads them in a terminal."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -12,6 +12,7 @@ from rich.text import Text
 from dacnn.measure.count import Counts
 from dacnn.measure.proposals import Proposal
 from dacnn.networks.adapted import Adapted
+from dacnn.networks.fold import Bank, Fold
 from dacnn.networks.plan import Plan
 from dacnn.prediction import Prediction
 from dacnn.sharing.anchors import Combine, Repeat
@@ -122,3 +123,20 @@ def proposal_table(name: str, proposals: Iterable[Proposal]) -> RenderableType:
         share = f"{proposal.stored_bytes / found[0].stored_bytes:.1%}"
         table.add_row(proposal.flags, *(f"{number:,}" for number in numbers), share)
     return table
+
+
+def fold_table(banks: Iterable[Bank], done: Fold, measured: Sequence[tuple[Evaluation, Counts]]) -> RenderableType:
+    """How alike the readers of each bank are, who reads what after folding, and what it cost."""
+    parts: list[RenderableType] = []
+    for bank in banks:
+        table = _table(f"{bank.name}: cosine between kernels", "layer", right=[str(index) for index in range(len(bank.layers))])
+        for index, (name, row) in enumerate(zip(bank.layers, bank.similarity.tolist(), strict=True)):
+            table.add_row(f"{index} {name}", *(f"{value:.2f}" for value in row))
+        parts.append(table)
+    table = _table("folded", "kernel", "read by", right=("largest error",))
+    for name, layers in done.groups.items():
+        table.add_row(name, ", ".join(layers), f"{max(done.errors[layer] for layer in layers):.1%}")
+    (before, counts_before), (after, counts_after) = measured
+    accuracy = f"top-1 {before.top1:.2%} before, {after.top1:.2%} after"
+    sizes = f"{counts_before.stored_parameters:,} parameters stored before, {counts_after.stored_parameters:,} after"
+    return Group(*parts, table, f"{accuracy} ({before.images:,} test images)   {sizes}")

@@ -1,6 +1,6 @@
 """A Plan -> nn.Module. Chain and residual networks, shared and unshared, are one class: the plan tells them apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
@@ -31,6 +31,11 @@ def _plain(tensor: Tensor) -> Tensor:
     # not `contiguous()`: a 1x1 kernel is contiguous in both formats at once, and a convolution reads its format off the strides
     strides = torch.empty(tensor.shape, device="meta").stride()
     return tensor if tensor.stride() == strides else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _as_reader(module: nn.Module) -> Reader:
+    assert isinstance(module, Reader)
+    return module
 
 
 class PlannedBlock(nn.Module):
@@ -122,6 +127,15 @@ class Network(Classifier):
         # takes it, and a convolution follows the format of its input anyway.
         super()._apply(lambda tensor: _plain(fn(tensor)), recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def named_readers(self) -> Iterator[tuple[str, Reader]]:
+        """The readers, by the names that their layers have in the plan."""
+        yield self.plan.stem.name, self.stem
+        for module in self.modules():
+            if isinstance(module, PlannedBlock):
+                yield from zip(module.names, map(_as_reader, module.readers), strict=True)
+                if module.shortcut is not None:
+                    yield module.shortcut_name, module.shortcut
 
     def check_images(self, images: Tensor, x: Tensor) -> None:
         """Refuse images that the network cannot take: any H and W of at least `plan.smallest_side` will do.
