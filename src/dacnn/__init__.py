@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dacnn.checkpoint import load, save
     from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
     from dacnn.errors import DacnnError
+    from dacnn.measure.audit import audit
     from dacnn.measure.count import count
     from dacnn.networks.network import Network, create
     from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
@@ -30,6 +31,7 @@ _HOMES = {
     "Regulator": "networks.plan",
     "Stage": "networks.plan",
     "TrainingConfig": "config",
+    "audit": "measure.audit",
     "count": "measure.count",
     "create": "networks.network",
     "evaluate": "training.evaluate",
@@ -53,6 +55,7 @@ __all__ = [
     "Regulator",
     "Stage",
     "TrainingConfig",
+    "audit",
     "count",
     "create",
     "evaluate",

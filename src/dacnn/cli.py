@@ -313,6 +313,47 @@ def show(
     _print_json({"plan": _plain(plan), "readers": readers, **counts.to_table()})
 
 
+def audit(
+    artefact: Positional[
+        Annotated[
+            Path, arg(help="run directory, .safetensors, .pt, .pt2 or .onnx file", metavar="ARTEFACT", help_behavior_hint="")
+        ]
+    ],
+    /,
+    *,
+    against: Annotated[
+        Path | None,
+        arg(
+            help="what it was made from: also find kernels that were altered or lost",
+            metavar="REFERENCE",
+            help_behavior_hint="",
+        ),
+    ] = None,
+    memory: Annotated[
+        bool, arg(help="load it in a fresh process and report the memory that adds (Linux)", help_behavior_hint="")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Find every copy of every kernel in a saved or exported model, scaled, transposed and blocked ones too.
+
+    Exit status: 0 each kernel is there once, 1 copies or altered kernels, 2 it could not be read.
+
+    Example: dacnn audit model.onnx --against runs/first --memory
+    """
+    from dacnn import tables
+    from dacnn.measure.audit import audit as audit_artefact
+    from dacnn.measure.runtimes import artefact_memory
+
+    found = audit_artefact(artefact, against=against)
+    added = artefact_memory(artefact) if memory else None
+    if json:
+        _print_json({**found.to_table(), **({"memory": dataclasses.asdict(added)} if added else {})})
+    else:
+        tables.show(tables.audit_table(found, added))
+    if not found.single:
+        sys.exit(1)
+
+
 def _plan(config: NetworkConfig, classes: int, channels: int, size: int) -> "Plan":
     """The plan of a network that has no data set yet."""
     from dacnn.networks.plan import Input
@@ -326,7 +367,7 @@ def _plain(plan: "Plan") -> object:
     return json.loads(plan.to_json())
 
 
-_COMMANDS: dict[str, Any] = {"train": train, "eval": eval, "predict": predict, "models": models, "show": show}
+_COMMANDS: dict[str, Any] = {"train": train, "eval": eval, "predict": predict, "models": models, "show": show, "audit": audit}
 
 
 def main(arguments: list[str] | None = None) -> None:
