@@ -265,7 +265,9 @@ def _first_match(
         for other in firsts[candidate.rows.columns].alike(candidate):
             difference = _compare(other.rows, candidate.rows, (precisions[other.owner], precisions[candidate.owner]))
             if difference is not None:
-                cost = (difference.words != ("exact",)) + len(difference.words) + bool(difference.layout)
+                # the kernel is likelier to lie as usual than its copy
+                unusual = bool(difference.layout) + 2 * bool(difference.kernel_layout)
+                cost = (difference.words != ("exact",)) + len(difference.words) + unusual
                 matches.append((cost, other.owner, difference))
         if matches and min(cost for cost, _, _ in matches) <= 2:
             break

@@ -159,18 +159,14 @@ def read_pt(path: Path) -> tuple[StoredArray, ...]:
 
 
 def _module_tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
-    for prefix, part in module.named_modules(remove_duplicate=False):
-        start = f"{prefix}." if prefix else ""
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                yield start + name, "parameter", parameter
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                yield start + name, "buffer", buffer
-        for name, value in vars(part).items():
-            if name not in {"_parameters", "_buffers", "_modules"}:
-                for path, tensor in _nested(value, name, set()):
-                    yield start + path, "attribute", tensor
+    """Everything that a module holds: what has a name in its state dict first, since copies are named after the first one."""
+    parts = [(f"{prefix}." if prefix else "", vars(part)) for prefix, part in module.named_modules(remove_duplicate=False)]
+    for place, where in (("parameter", "_parameters"), ("buffer", "_buffers")):
+        for start, held in parts:
+            yield from ((start + name, place, tensor) for name, tensor in _nested(held[where], "", set()))
+    for start, held in parts:
+        attributes = {name: value for name, value in held.items() if name not in {"_parameters", "_buffers", "_modules"}}
+        yield from ((start + name, "attribute", tensor) for name, tensor in _nested(attributes, "", set()))
 
 
 def _calls(module: nn.Module) -> dict[str, int]:
