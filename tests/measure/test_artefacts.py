@@ -165,6 +165,16 @@ def test_a_pt2_file_gives_weights_and_constants_and_how_often_they_are_read(tmp_
     np.testing.assert_array_equal(found["constant"].values, KERNEL)
 
 
+def test_readers_behind_another_operator_are_not_counted(tmp_path: Path) -> None:
+    class Cast(Convolutions):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kernel = self.constant * 2
+            x = nn.functional.conv2d(self.first(x), kernel)
+            return nn.functional.conv2d(x, kernel).mean((2, 3))
+
+    assert arrays(program(tmp_path / "a.pt2", Cast()))["constant"].readers is None
+
+
 def test_tied_names_of_a_pt2_file_are_one_copy(tmp_path: Path) -> None:
     tied = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))
     tied[2].weight = tied[1].weight

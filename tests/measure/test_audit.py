@@ -292,12 +292,15 @@ def test_tensors_that_are_no_parameters_are_seen() -> None:
 
 def test_views_of_one_memory_are_one_copy() -> None:
     module = Shared()
+    module.register_buffer("wide", module.shared.weight.detach().expand(5, 8, 8, 3, 3))
     module.view = module.shared.weight.detach().reshape(8, 72)
     module.turned = module.shared.weight.detach().transpose(0, 1)
     module.repeated = module.shared.weight.detach().expand(5, 8, 8, 3, 3)
     found = audit(module)
     assert found.single and largest(found).wasted_bytes == 0
-    assert any(set(one.names) >= {"shared.weight", "view", "turned"} for kernel in found.kernels for one in kernel.copies)
+    assert any(
+        set(one.names) >= {"shared.weight", "wide", "view", "turned"} for kernel in found.kernels for one in kernel.copies
+    )
 
 
 def test_a_reference_that_the_artefact_does_not_hold_is_missing(tmp_path: Path) -> None:

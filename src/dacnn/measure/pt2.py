@@ -28,6 +28,8 @@ _DTYPES = {
     12: torch.bool,
     13: torch.bfloat16,
 }
+# operators that read a kernel themselves
+_LAYERS = re.compile(r"torch\.ops\.aten\.(_?conv\w*|linear|addmm|mm|matmul|bmm)\.")
 _SYMBOL = re.compile(r"Symbol\('[a-z]+\d+'(, (positive|integer|nonnegative)=True)*\)")
 _ARITHMETIC = re.compile(r"(FloorDiv|Mod|Max|Min|Integer|Add|Mul|[\d\s+\-*(),/])*")
 
@@ -127,24 +129,33 @@ def _tensors(archive: Archive) -> Iterator[tuple[str, str, Tensor]]:
                 yield name, "constant" if "constants" in entry else "weight", tensor
 
 
+def _uses(nodes: Any) -> dict[str, int | None]:
+    """How many layers read each value of a graph; None where another operator reads it, whose result may have many readers."""
+    counts: dict[str, int | None] = {}
+    for node in nodes:
+        for argument in node["inputs"]:
+            tensor = argument["arg"].get("as_tensor") if isinstance(argument["arg"], dict) else None
+            if tensor:
+                before = counts.get(tensor["name"], 0)
+                reads = before is not None and _LAYERS.match(node["target"])
+                counts[tensor["name"]] = before + 1 if reads and before is not None else None
+    return counts
+
+
 def _readers(archive: Archive) -> dict[str, int]:
-    """How many nodes read each tensor, by the tensor's name."""
-    counts: dict[str, int] = {}
+    """How many layers read each tensor, by the tensor's name; without those for which that cannot be told."""
+    found: dict[str, int] = {}
     for entry in archive.entries:
         if not re.fullmatch(r"models/[^/]*\.json", entry):
             continue
         module = archive.json(entry)["graph_module"]
-        uses = [
-            argument["arg"].get("as_tensor", {}).get("name")
-            for node in module["graph"]["nodes"]
-            for argument in node["inputs"]
-            if isinstance(argument["arg"], dict) and isinstance(argument["arg"].get("as_tensor", {}), dict)
-        ]
+        uses = _uses(module["graph"]["nodes"])
         for spec in module["signature"]["input_specs"]:
             for kind in ("parameter", "buffer", "tensor_constant"):
-                if kind in spec:
-                    counts[spec[kind][f"{kind}_name"]] = uses.count(spec[kind]["arg"]["name"])
-    return counts
+                count = uses.get(spec[kind]["arg"]["name"], 0) if kind in spec else None
+                if count is not None:
+                    found[spec[kind][f"{kind}_name"]] = count
+    return found
 
 
 def read_pt2(path: Path) -> tuple[StoredArray, ...]:

@@ -30,9 +30,9 @@ def _memory(tensor: Tensor) -> tuple[object, ...]:
 
 def _stored_part(tensor: Tensor) -> Tensor:
     """The tensor without what `expand` repeats: a dimension of stride 0 holds its numbers once."""
-    for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dimension, 0, 1)
+    for dimension in reversed(range(tensor.ndim)):
+        if tensor.stride(dimension) == 0 and tensor.shape[dimension] > 1:
+            tensor = tensor.select(dimension, 0)
     return tensor
 
 
