@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dacnn.checkpoint import load, save
     from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
     from dacnn.errors import DacnnError
+    from dacnn.measure.audit import audit
     from dacnn.measure.count import count
     from dacnn.networks.fold import alike, fold
     from dacnn.networks.network import Network, create
@@ -38,6 +39,7 @@ _HOMES = {
     "TrainingConfig": "config",
     "alike": "networks.fold",
     "anchor": "sharing.convert",
+    "audit": "measure.audit",
     "count": "measure.count",
     "create": "networks.network",
     "evaluate": "training.evaluate",
@@ -67,6 +69,7 @@ __all__ = [
     "TrainingConfig",
     "alike",
     "anchor",
+    "audit",
     "count",
     "create",
     "evaluate",

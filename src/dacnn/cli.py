@@ -505,6 +505,47 @@ def _input(channels: int, size: int) -> "Input":
     return Input(size, size, channels, mean=(0.5,) * channels, std=(0.25,) * channels)
 
 
+def audit(
+    artefact: Positional[
+        Annotated[
+            Path, arg(help="run directory, .safetensors, .pt, .pt2 or .onnx file", metavar="ARTEFACT", help_behavior_hint="")
+        ]
+    ],
+    /,
+    *,
+    against: Annotated[
+        Path | None,
+        arg(
+            help="what it was made from: also find kernels that were altered or lost",
+            metavar="REFERENCE",
+            help_behavior_hint="",
+        ),
+    ] = None,
+    memory: Annotated[
+        bool, arg(help="load it in a fresh process and report the memory that adds (Linux)", help_behavior_hint="")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Find every copy of every kernel in a saved or exported model, scaled, transposed and blocked ones too.
+
+    Exit status: 0 each kernel is there once, 1 copies or altered kernels, 2 it could not be read.
+
+    Example: dacnn audit model.onnx --against runs/first --memory
+    """
+    from dacnn import tables
+    from dacnn.measure.audit import audit as audit_artefact
+    from dacnn.measure.runtimes import artefact_memory
+
+    found = audit_artefact(artefact, against=against)
+    added = artefact_memory(artefact) if memory else None
+    if json:
+        _print_json({**found.to_table(), **({"memory": dataclasses.asdict(added)} if added else {})})
+    else:
+        tables.show(tables.audit_table(found, added))
+    if not found.single:
+        sys.exit(1)
+
+
 def _plan(config: NetworkConfig, classes: int, channels: int, size: int) -> "Plan":
     """The plan of a network that has no data set yet."""
     from dacnn.networks.zoo import plan_of
@@ -524,6 +565,7 @@ _COMMANDS: dict[str, Any] = {
     "show": show,
     "plan": plan,
     "fold": fold,
+    "audit": audit,
 }
 
 

@@ -6,10 +6,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from dacnn.measure.audit import Audit, Kernel
 from dacnn.measure.count import Counts
+from dacnn.measure.memory_added import MemoryAdded
 from dacnn.measure.proposals import Proposal
 from dacnn.networks.adapted import Adapted
 from dacnn.networks.fold import Bank, Fold
@@ -140,3 +143,37 @@ def fold_table(banks: Iterable[Bank], done: Fold, measured: Sequence[tuple[Evalu
     accuracy = f"top-1 {before.top1:.2%} before, {after.top1:.2%} after"
     sizes = f"{counts_before.stored_parameters:,} parameters stored before, {counts_after.stored_parameters:,} after"
     return Group(*parts, table, f"{accuracy} ({before.images:,} test images)   {sizes}")
+
+
+def audit_table(audit: Audit, memory: MemoryAdded | None) -> RenderableType:
+    """A kernel a row, then where the copies of each are, then what made them."""
+    headings = ("copies", "bytes", "wasted")
+    table = _table(escape(f"{audit.artefact} ({audit.format})"), "kernel", "shape", right=headings)
+    for kernel in audit.kernels:
+        shape = "x".join(map(str, kernel.copies[0].shape))
+        numbers = (str(len(kernel.copies)), f"{sum(copy.nbytes for copy in kernel.copies):,}", f"{kernel.wasted_bytes:,}")
+        table.add_row(Text(kernel.name), shape, *numbers)
+    parts: list[RenderableType] = [table, ""]
+    parts += [_copies_table(kernel) for kernel in audit.kernels if kernel.hazard]
+    parts += [Text(f"missing: the artefact does not hold the reference's kernel {name}") for name in audit.missing]
+    parts += [Text(f"{hazard.name}: {hazard.what} {hazard.remedy}") for hazard in audit.hazards]
+    if audit.single:
+        parts.append("Every kernel is stored once.")
+    elif audit.wasted_bytes:
+        parts.append(f"{audit.wasted_bytes:,} of {audit.kernel_bytes:,} bytes of kernels are copies.")
+    if memory is not None:
+        resident = f"{memory.resident_bytes:,} resident with mapped files"
+        parts.append(Text(f"memory added: {memory.anonymous_bytes:,} private anonymous bytes, {resident} ({memory.loaded})"))
+    return Group(*parts)
+
+
+def _copies_table(kernel: Kernel) -> RenderableType:
+    """Where the copies of one kernel are, and how each differs."""
+    table = _table(
+        "", f"copies of {kernel.name}" if not kernel.altered else f"not the reference's {kernel.name}", "where", "difference"
+    )
+    for copy in kernel.copies:
+        words = [word for word in copy.difference if word != copy.layout] + ([copy.layout] if copy.layout else [])
+        words = [word for word in words if word != "exact" or len(words) == 1]
+        table.add_row(Text(" = ".join(copy.names)), Text(copy.place), ", ".join(words))
+    return Group(table, "")
