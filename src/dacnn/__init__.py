@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
     from dacnn.errors import DacnnError
     from dacnn.measure.count import count
+    from dacnn.measure.memory import measure_training_memory, predict_training_memory
     from dacnn.networks.network import Network, create
     from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
+    from dacnn.networks.rival import rival
     from dacnn.prediction import predict
     from dacnn.training.evaluate import evaluate
     from dacnn.training.train import train
@@ -34,8 +36,11 @@ _HOMES = {
     "create": "networks.network",
     "evaluate": "training.evaluate",
     "load": "checkpoint",
+    "measure_training_memory": "measure.memory",
     "predict": "prediction",
+    "predict_training_memory": "measure.memory",
     "read_config": "config",
+    "rival": "networks.rival",
     "save": "checkpoint",
     "train": "training.train",
 }
@@ -57,8 +62,11 @@ __all__ = [
     "create",
     "evaluate",
     "load",
+    "measure_training_memory",
     "predict",
+    "predict_training_memory",
     "read_config",
+    "rival",
     "save",
     "train",
 ]
