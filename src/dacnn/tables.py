@@ -1,6 +1,6 @@
 """Results as a person reads them in a terminal."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -8,10 +8,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dacnn.config import TrainingConfig
 from dacnn.measure.count import Counts
 from dacnn.networks.plan import Plan
 from dacnn.prediction import Prediction
 from dacnn.training.evaluate import Evaluation
+from dacnn.training.precision import Execution
 from dacnn.training.train import TrainResult
 
 
@@ -90,3 +92,30 @@ def plan_table(plan: Plan, counts: Counts) -> RenderableType:
     used = f"{counts.used_parameters:,} used ({counts.used_parameters / counts.stored_parameters:.1f}x)"
     work = f"{counts.macs / 1e6:,.1f} M multiply-adds an image, {counts.stored_bytes:,} bytes in float32"
     return Group(table, f"{counts.stored_parameters:,} parameters stored, {used}, {work}")
+
+
+def count_table(columns: Sequence[Mapping[str, Any]], training: TrainingConfig, execution: Execution) -> RenderableType:
+    """A network a column: what it stores and computes, what a training of it takes."""
+    table = _table(columns[0]["name"], "", right=[f"{column['role']}\nwidth {column['width']}" for column in columns])
+    rows = {
+        "stored parameters": "stored_parameters",
+        "used parameters": "used_parameters",
+        "bytes in float32": "stored_bytes",
+        "bytes in bfloat16": "bfloat16_bytes",
+        "bytes in int8": "int8_bytes",
+        "multiply-adds": "macs",
+        "activation bytes": "activation_peak_bytes",
+    }
+    for label, name in rows.items():
+        table.add_row(label, *(f"{column[name]:,}" for column in columns))
+    table.add_section()
+    memory = [column["training"] for column in columns]
+    parts = {"weights": "weight", "gradients": "gradient", "optimiser": "optimizer", "activations": "activation"}
+    for label, name in (parts | {"operators": "workspace", "peak": "peak", "measured": "measured_peak"}).items():
+        if f"{name}_bytes" in memory[0]:
+            table.add_row(f"{label}, MB", *(f"{column[f'{name}_bytes'] / 1e6:,.2f}" for column in memory))
+    if "ratio" in memory[0]:
+        table.add_row("peak / measured", *(f"{column['ratio']:.3f}" for column in memory))
+    step = f"batch {training.batch_size}, {training.optimizer}, {execution.precision}, {execution.memory_format}"
+    where = f"{execution.device}, {execution.threads} thread(s)"
+    return Group(table, f"activation bytes: one image, no gradients; MB: training at its worst moment, {step}, {where}")
