@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from dacnn.errors import DacnnError
     from dacnn.measure.audit import audit
     from dacnn.measure.count import count
+    from dacnn.measure.memory import measure_training_memory, predict_training_memory
     from dacnn.networks.fold import alike, fold
     from dacnn.networks.network import Network, create
     from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
+    from dacnn.networks.rival import rival
     from dacnn.prediction import predict
     from dacnn.sharing.anchors import Combine, Repeat
     from dacnn.sharing.convert import Conversion, anchor
@@ -45,8 +47,11 @@ _HOMES = {
     "evaluate": "training.evaluate",
     "fold": "networks.fold",
     "load": "checkpoint",
+    "measure_training_memory": "measure.memory",
     "predict": "prediction",
+    "predict_training_memory": "measure.memory",
     "read_config": "config",
+    "rival": "networks.rival",
     "save": "checkpoint",
     "train": "training.train",
 }
@@ -75,8 +80,11 @@ __all__ = [
     "evaluate",
     "fold",
     "load",
+    "measure_training_memory",
     "predict",
+    "predict_training_memory",
     "read_config",
+    "rival",
     "save",
     "train",
 ]

@@ -53,13 +53,24 @@ def _optional(kind: Any, *, without: frozenset[str] = frozenset()) -> list[tuple
 NetworkFlags = dataclasses.make_dataclass("NetworkFlags", _optional(NetworkConfig, without=frozenset({"name"})), frozen=True)
 DataFlags = dataclasses.make_dataclass("DataFlags", _optional(DataConfig, without=frozenset({"source"})), frozen=True)
 TrainingFlags = dataclasses.make_dataclass("TrainingFlags", _optional(TrainingConfig), frozen=True)
+_STEP = {"batch_size", "accumulate", "optimizer", "precision", "memory_format"}
+_NOT_OF_A_STEP = frozenset(item.name for item in dataclasses.fields(TrainingConfig)) - _STEP
+StepFlags = dataclasses.make_dataclass("StepFlags", _optional(TrainingConfig, without=_NOT_OF_A_STEP), frozen=True)
 for _flags in (NetworkFlags, DataFlags, TrainingFlags):
     # the heading of the group in --help, instead of the generated signature
     _flags.__doc__ = "Over the recipe's values."
+StepFlags.__doc__ = "Of the training whose memory is told."
 
 NetworkName = Annotated[
     str | None, arg(help="network of the zoo (see `dacnn models`), or FILE.py:factory", metavar="NAME", help_behavior_hint="")
 ]
+NetworkOrFile = Annotated[
+    str,
+    arg(help="network of the zoo, run directory, .safetensors file or FILE.py:factory", metavar="NAME", help_behavior_hint=""),
+]
+Classes = Annotated[int, arg(help="number of classes, for a network of the zoo")]
+InChannels = Annotated[int, arg(help="channels of an image, for a network of the zoo")]
+Size = Annotated[int, arg(help="side of an image in pixels, for a network of the zoo")]
 RunPath = Annotated[Path, arg(help="run directory, or a .safetensors file", metavar="RUN", help_behavior_hint="")]
 Into = Annotated[
     str | None,
@@ -277,21 +288,12 @@ def models(
 
 
 def show(
-    network: Positional[
-        Annotated[
-            str,
-            arg(
-                help="network of the zoo, run directory, .safetensors file or FILE.py:factory",
-                metavar="NAME",
-                help_behavior_hint="",
-            ),
-        ]
-    ],
+    network: Positional[NetworkOrFile],
     /,
     *,
-    classes: Annotated[int, arg(help="number of classes, for a network of the zoo")] = 100,
-    in_channels: Annotated[int, arg(help="channels of an image, for a network of the zoo")] = 3,
-    size: Annotated[int, arg(help="side of an image in pixels, for a network of the zoo")] = 32,
+    classes: Classes = 100,
+    in_channels: InChannels = 3,
+    size: Size = 32,
     png: Annotated[Path | None, arg(help="draw the plan into this file", metavar="FILE", help_behavior_hint="")] = None,
     json: Json = False,
     network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
@@ -301,24 +303,16 @@ def show(
     Example: dacnn show dacnn18-mix-reg --png plan.png
     """
     from dacnn import tables
-    from dacnn.checkpoint import load
     from dacnn.draw import draw_plan
     from dacnn.measure.count import count
     from dacnn.networks.factory import is_factory
-    from dacnn.networks.zoo import DESIGNS
 
-    given = _given(network_settings)
     if is_factory(network):
         if png:
             raise ConfigError(f"--png: {network} has no plan to draw: leave it out")
-        _show_foreign(NetworkConfig(network, **given), classes, in_channels, size, json)
+        _show_foreign(NetworkConfig(network, **_given(network_settings)), classes, in_channels, size, json)
         return
-    if network in DESIGNS or not Path(network).exists():
-        plan = _plan(NetworkConfig(network, **given), classes, in_channels, size)
-    elif given:
-        raise _takes_no(network, given)
-    else:
-        plan = load(network).plan
+    plan = _plan_of(network, classes, in_channels, size, _given(network_settings))
     counts = count(plan)
     if png:
         draw_plan(plan, png)
@@ -546,6 +540,63 @@ def audit(
         sys.exit(1)
 
 
+def count(
+    network: Positional[NetworkOrFile],
+    /,
+    *,
+    classes: Classes = 100,
+    in_channels: InChannels = 3,
+    size: Size = 32,
+    measure: Annotated[
+        bool, arg(help="train two steps for each, and tell what the allocator says as well", help_behavior_hint="")
+    ] = False,
+    json: Json = False,
+    step_settings: OmitArgPrefixes[StepFlags] = StepFlags(),  # type: ignore[valid-type]  # noqa: B008
+    network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Count parameters, bytes, multiply-adds and memory, beside the unshared twin and the rival that stores as much.
+
+    Example: dacnn count dacnn14 --batch-size 64 --measure
+    """
+    from dacnn import tables
+    from dacnn.measure.count import count as count_plan
+    from dacnn.measure.memory import measure_training_memory, predict_training_memory
+    from dacnn.networks.rival import rival
+    from dacnn.training.precision import best_device, choose
+
+    plan = _plan_of(network, classes, in_channels, size, _given(network_settings))
+    training = TrainingConfig(**_given(step_settings))
+    execution = choose(training, best_device())
+    if measure:
+        # the profiler that measures would tell of itself on standard error
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    columns: list[dict[str, Any]] = []
+    for role, side in (("network", plan), ("unshared twin", plan.unshared()), ("equal-bytes rival", rival(plan))):
+        predicted = predict_training_memory(side, training, execution)
+        memory: dict[str, float] = {**predicted.to_table()}
+        if measure:
+            measured = measure_training_memory(side, training, execution)
+            memory |= {"measured_peak_bytes": measured, "ratio": predicted.peak_bytes / measured}
+        sizes = count_plan(side).to_table()
+        columns.append({"role": role, "name": side.name, "width": side.stem.out_channels, **sizes, "training": memory})
+    if json:
+        _print_json({"training": training.to_table(), "execution": execution.to_table(), "columns": columns})
+    else:
+        tables.show(tables.count_table(columns, training, execution))
+
+
+def _plan_of(network: str, classes: int, in_channels: int, size: int, given: dict[str, Any]) -> "Plan":
+    """The plan of a network of the zoo, with what was given for it, or of a trained one."""
+    from dacnn.checkpoint import load
+    from dacnn.networks.zoo import DESIGNS
+
+    if network in DESIGNS or not Path(network).exists():
+        return _plan(NetworkConfig(network, **given), classes, in_channels, size)
+    if given:
+        raise _takes_no(network, given)
+    return load(network).plan
+
+
 def _plan(config: NetworkConfig, classes: int, channels: int, size: int) -> "Plan":
     """The plan of a network that has no data set yet."""
     from dacnn.networks.zoo import plan_of
@@ -565,6 +616,7 @@ _COMMANDS: dict[str, Any] = {
     "show": show,
     "plan": plan,
     "fold": fold,
+    "count": count,
     "audit": audit,
 }
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from dacnn.config import TrainingConfig
 from dacnn.measure.audit import Audit, Kernel
 from dacnn.measure.count import Counts
 from dacnn.measure.memory_added import MemoryAdded
@@ -21,6 +22,7 @@ from dacnn.prediction import Prediction
 from dacnn.sharing.anchors import Combine, Repeat
 from dacnn.sharing.convert import Conversion
 from dacnn.training.evaluate import Evaluation
+from dacnn.training.precision import Execution
 from dacnn.training.train import TrainResult
 
 
@@ -177,3 +179,30 @@ def _copies_table(kernel: Kernel) -> RenderableType:
         words = [word for word in words if word != "exact" or len(words) == 1]
         table.add_row(Text(" = ".join(copy.names)), Text(copy.place), ", ".join(words))
     return Group(table, "")
+
+
+def count_table(columns: Sequence[Mapping[str, Any]], training: TrainingConfig, execution: Execution) -> RenderableType:
+    """A network a column: what it stores and computes, what a training of it takes."""
+    table = _table(columns[0]["name"], "", right=[f"{column['role']}\nwidth {column['width']}" for column in columns])
+    rows = {
+        "stored parameters": "stored_parameters",
+        "used parameters": "used_parameters",
+        "bytes in float32": "stored_bytes",
+        "bytes in bfloat16": "bfloat16_bytes",
+        "bytes in int8": "int8_bytes",
+        "multiply-adds": "macs",
+        "activation bytes": "activation_peak_bytes",
+    }
+    for label, name in rows.items():
+        table.add_row(label, *(f"{column[name]:,}" for column in columns))
+    table.add_section()
+    memory = [column["training"] for column in columns]
+    parts = {"weights": "weight", "gradients": "gradient", "optimiser": "optimizer", "activations": "activation"}
+    for label, name in (parts | {"operators": "workspace", "peak": "peak", "measured": "measured_peak"}).items():
+        if f"{name}_bytes" in memory[0]:
+            table.add_row(f"{label}, MB", *(f"{column[f'{name}_bytes'] / 1e6:,.2f}" for column in memory))
+    if "ratio" in memory[0]:
+        table.add_row("peak / measured", *(f"{column['ratio']:.3f}" for column in memory))
+    step = f"batch {training.batch_size}, {training.optimizer}, {execution.precision}, {execution.memory_format}"
+    where = f"{execution.device}, {execution.threads} thread(s)"
+    return Group(table, f"activation bytes: one image, no gradients; MB: training at its worst moment, {step}, {where}")

@@ -45,9 +45,14 @@ class _Recipe:
         return self.made
 
 
-# outputs of the forward pass that is running, by address, as long as they live
-_Outputs = dict[int, tuple["weakref.ref[Tensor]", _Recipe]]
+# outputs of the forward pass that is running, by where they lie, as long as they live
+_Outputs = dict[tuple[int, int], tuple["weakref.ref[Tensor]", _Recipe]]
 _outputs: ContextVar[_Outputs | None] = ContextVar("outputs", default=None)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies: its storage and the offset in it. A tensor without values has these too, but no address."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _running() -> _Outputs | None:
@@ -141,7 +146,7 @@ def norm_relu(norm: nn.BatchNorm2d, x: Tensor, halve: bool = False) -> Tensor:
     recipe = _Recipe(x, norm)
     output: Tensor = _NormRelu.apply(x, norm.weight, norm.bias, norm, recipe, halve)  # type: ignore[no-untyped-call]
     if not halve:
-        outputs[output.data_ptr()] = weakref.ref(output), recipe
+        outputs[_place(output)] = weakref.ref(output), recipe
     return output
 
 
@@ -173,8 +178,8 @@ def remaking(wanted: bool = True) -> Iterator[None]:
     outputs: _Outputs = {}
 
     def pack(tensor: Tensor) -> Tensor | _Recipe:
-        output, recipe = outputs.get(tensor.data_ptr(), (None, None))
-        # while the output lives nothing else stands at its address
+        output, recipe = outputs.get(_place(tensor), (None, None))
+        # while the output lives nothing else lies at its place
         alive = output() if output else None
         same = alive is not None and alive.shape == tensor.shape and alive.stride() == tensor.stride()
         return recipe if same and recipe else tensor
