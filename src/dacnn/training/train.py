@@ -151,6 +151,8 @@ def _train(config: Config, plan: Plan | None, run: Run, listener: Listener) -> T
     network = Network(_fitted(plan, config, splits), torch.Generator().manual_seed(config.training.seed))
     torch.manual_seed(config.training.seed)
     loop = Loop(network, splits, config.training, accelerator, execution)
+    if loop.segments:
+        listener.log(loop.segments.describe())
     if state:
         restore_state(loop, *state, run.state_path)
     records = run.records(loop.epoch)
