@@ -62,6 +62,11 @@ class _Saved:
         return self.segment.take(self.index)
 
 
+def _is_stored(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter, or a view of one."""
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
+
 class _FirstRun(Keeper):
     """Counts what is saved, and keeps none of it."""
 
@@ -74,7 +79,7 @@ class _FirstRun(Keeper):
         pass
 
     def pack(self, tensor: Tensor) -> Kept:
-        if isinstance(tensor, nn.Parameter):
+        if _is_stored(tensor):
             # is there anyway, and must not change before the gradient is taken
             return Whole(tensor)
         self.segment.shapes.append(tensor.shape)
@@ -91,7 +96,7 @@ class _SecondRun(Keeper):
 
     def pack(self, tensor: Tensor) -> Kept:
         kept = self.keep(tensor)
-        if isinstance(tensor, nn.Parameter):
+        if _is_stored(tensor):
             return kept
         shapes = self.segment.shapes
         if shapes[self.count] != tensor.shape:
