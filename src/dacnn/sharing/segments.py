@@ -53,7 +53,7 @@ class _Enough(Exception):
 
 
 class _Saved:
-    """The tensor that was the so-manieth that a segment saved."""
+    """One of the tensors that a segment saved, by its number."""
 
     def __init__(self, segment: "_Segment", index: int) -> None:
         self.segment, self.index = segment, index
