@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dacnn.sharing.keeping import Keeper, keeping, remaking_keeper
+from dacnn.sharing.segments import made_again
 
 # N images, C channels, H rows, W columns
 
@@ -187,9 +188,13 @@ def evaluated(function: Callable[..., Tensor], *stored: Tensor) -> Tensor:
     Returns:
         `function(*stored)`, differentiable in the stored tensors.
     """
-    value = _evaluate(function, list(stored))
     keeper = remaking_keeper()
-    if keeper and value.requires_grad and not any(value is tensor for tensor in stored):
+    if keeper is None:
+        return _evaluate(function, list(stored))
+    first, *others = stored
+    # neither is kept what the function's own gradient needs
+    value = _evaluate(lambda *_: made_again(lambda tensor: function(tensor, *others), first), list(stored))
+    if value.requires_grad and not any(value is tensor for tensor in stored):
         keeper.remember(value, _Evaluation(keeper, function, stored, value.dtype))
     return value
 

@@ -5,7 +5,7 @@ up in the order of the plain loop and hooks on parameters fire once, as several 
 the first one would do neither. Outputs, gradients and buffers are those of a plain run, bit for bit.
 
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv:1604.06174. Deviations: buffers as they were before
-the first run; within a segment outputs of norms and ReLUs are made again a second time (`dacnn.sharing.remake`).
+the first run; within a segment outputs of norms and ReLUs are kept as recipes (`dacnn.sharing.remake`).
 """
 
 import contextlib
@@ -119,6 +119,8 @@ class _Segment:
         self.remakes = outer is not None and outer.remakes
         self.function = function
         self.input: Kept = outer.pack(x) if outer else Whole(x)
+        # a parameter shall be one in the second run, too
+        self.stored = x if _is_stored(x) else None
         self.requires_grad = x.requires_grad
         self.surroundings = _Surroundings(x.device, modules)
         self.shapes: list[torch.Size] = []
@@ -131,7 +133,8 @@ class _Segment:
         return self.kept.pop(index).tensor()
 
     def _run_again(self) -> None:
-        x = self.input.tensor().detach().requires_grad_(self.requires_grad)
+        x = self.input.tensor()
+        x = x.detach().requires_grad_(self.requires_grad) if self.stored is None else self.stored
         _give_back(x.device, x.nbytes)
         run = _SecondRun(self)
         with self.surroundings.restored(), torch.enable_grad(), keeping(run), contextlib.suppress(_Enough):
