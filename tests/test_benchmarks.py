@@ -37,3 +37,24 @@ def test_the_table_of_schemes_is_drawn(tmp_path: Path) -> None:
 def test_the_training_benchmark_compares_both_sides() -> None:
     table = run("training.py", "--width", "8", "--batch-size", "16", "--steps", "2", "--rounds", "1")
     assert table["speed_ratio"] > 0 and table["memory_ratio"] > 0 and table["input_share"] > 0
+
+
+def test_the_benchmark_of_activation_memory_compares_both_sides() -> None:
+    words = (
+        "--network",
+        "dacnn18",
+        "--depths",
+        "3",
+        "2",
+        "--width",
+        "8",
+        "--batch-size",
+        "16",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+    )
+    table = run("activation_memory.py", *words)
+    assert table["memory_ratio"] > 0 and table["time_ratio"] > 0
+    assert "segments of" in table["runs"]["dacnn"][0]["segments"]

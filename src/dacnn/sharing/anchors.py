@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dacnn.errors import PlanError
+from dacnn.sharing.remake import evaluated
 
 # O output channels, I input channels, ... rows and columns (none for a matrix), T templates, R x S tiles
 
@@ -220,7 +221,7 @@ class Anchors(nn.Module):
         return readers
 
     def read(self, reader: str) -> Tensor:
-        """The kernel of a reader, evaluated now and kept nowhere.
+        """The kernel of a reader, evaluated now and kept nowhere; under autocast an evaluated one is of autocast's type.
 
         Args:
             reader: Its name.
@@ -229,7 +230,10 @@ class Anchors(nn.Module):
             Shape (O, I, ...).
         """
         expression = self.expressions[reader]
-        return expression.evaluate(self[expression.anchor], *self.own_tensors(reader).values())
+        stored = self[expression.anchor]
+        if isinstance(expression, Stored):
+            return stored
+        return evaluated(expression.evaluate, stored, *self.own_tensors(reader).values())
 
     def own_tensors(self, reader: str) -> dict[str, Tensor]:
         """What a reader stores for itself, by name."""

@@ -167,6 +167,8 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
     network = _network(plan, module, config, splits)
     torch.manual_seed(config.training.seed)
     loop = Loop(network, splits, config.training, accelerator, execution)
+    if loop.segments:
+        listener.log(loop.segments.describe())
     if state:
         restore_state(loop, *state, run.state_path)
     records = run.records(loop.epoch)
