@@ -10,6 +10,7 @@ that belong to one reader alone are stored under its name.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +203,8 @@ class Anchors(nn.Module):
 
     def __getitem__(self, name: str) -> Tensor:
         """A stored tensor."""
-        return self.get_parameter(name)
+        # not `get_parameter`: `torch.func.functional_call` puts tensors that are no parameters in their place
+        return cast(Tensor, getattr(self, name))
 
     def __iter__(self) -> Iterator[str]:
         """Names of the stored tensors."""
