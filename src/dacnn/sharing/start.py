@@ -22,8 +22,8 @@ class StartValue:
 
     Attributes:
         kernel: Shape (O, I, ...), or a bank of shape (T, O, I, ...).
-        gains: Factor by which each layer's output channel exceeds the shared one's, shape (L, O), where it is a norm that
-            takes it up, else 1.
+        gains: Factor by which each layer's output channel exceeds the shared one's, shape (L, O), float64, where there is a
+            norm that takes it up, else 1.
         coefficients: Of each layer, shape (L, T), for a bank.
     """
 
@@ -43,16 +43,16 @@ def start_value(kernels: Sequence[Tensor], start: Start, rescaled: Sequence[bool
     Returns:
         The value.
     """
-    stack = torch.stack([kernel.detach() for kernel in kernels])
-    gains = torch.ones(stack.shape[:2], dtype=stack.dtype, device=stack.device)
+    first = kernels[0].detach()
+    ones = torch.ones(len(kernels), first.shape[0], dtype=torch.float64, device=first.device)
     if start == "first":
-        return StartValue(stack[0].clone(), gains)
+        return StartValue(first.clone(memory_format=torch.contiguous_format), ones)
+    stack = torch.stack([kernel.detach() for kernel in kernels]).contiguous()
     if start == "mean" or not any(rescaled):
-        return StartValue(stack.mean(0), gains)
+        return StartValue(stack.mean(0), ones)
     rows = stack.flatten(2).double()
-    free = torch.tensor(rescaled, device=stack.device)
-    filters, gains = _rank_one(rows) if bool(free.all()) else _rank_one_where_free(rows, free)
-    return StartValue(filters.to(stack.dtype).view(stack.shape[1:]), gains.to(stack.dtype))
+    filters, gains = _rank_one(rows) if all(rescaled) else _rank_one_where_free(rows, torch.tensor(rescaled).to(rows.device))
+    return StartValue(filters.to(stack.dtype).view(stack.shape[1:]), gains)
 
 
 def _rank_one(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +86,8 @@ def _singular(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _rank_one_where_free(rows: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     """The same where only some layers may have gains, the others 1: filters and gains in turn, each by least squares."""
     filters = rows[~free].mean(0)
+    # where those of gain 1 are zero, gains to zero would never leave it
+    filters = torch.where((filters == 0).all(1, keepdim=True), rows.mean(0), filters)
     gains = torch.ones(rows.shape[:2], dtype=rows.dtype, device=rows.device)
     for _ in range(_ROUNDS):
         fitted = (rows * filters).sum(2) / filters.square().sum(1).clamp_min(1e-30)
@@ -119,13 +121,13 @@ def start_bank(kernels: Sequence[Tensor], templates: int) -> StartValue:
     Raises:
         PlanError: There are more templates than kernels.
     """
-    stack = torch.stack([kernel.detach() for kernel in kernels])
+    stack = torch.stack([kernel.detach() for kernel in kernels]).contiguous()
     layers = len(stack)
     if templates > layers:
         raise PlanError(f"a bank of {templates} templates for {layers} layers: expected at most as many templates as layers")
     u, scaled = _singular(stack.flatten(1).double(), templates)
     coefficients, bank = u * layers**0.5, scaled / layers**0.5
-    gains = torch.ones(stack.shape[:2], dtype=stack.dtype, device=stack.device)
+    gains = torch.ones(stack.shape[:2], dtype=torch.float64, device=stack.device)
     return StartValue(bank.to(stack.dtype).view(templates, *stack.shape[1:]), gains, coefficients.to(stack.dtype))
 
 
@@ -139,8 +141,13 @@ def take_up(norm: nn.Module, gain: Tensor, bias: Tensor | None) -> None:
         bias: What the convolution adds, whose size stays, shape (O,).
     """
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.weight is not None
+    scale = gain.sign()
     if norm.running_mean is not None and norm.running_var is not None:
-        offset = bias if bias is not None else torch.zeros_like(norm.running_mean)
-        norm.running_mean.copy_(offset + (norm.running_mean - offset) / gain)
-        norm.running_var.copy_(((norm.running_var + norm.eps) / gain.square() - norm.eps).clamp_min(0))
-    norm.weight.mul_(gain.sign())
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        offset = torch.zeros_like(mean) if bias is None else bias.double()
+        # a variance below 0 cannot be: what eps then keeps the statistics from taking up goes into the scale
+        taken = ((variance + norm.eps) / gain.square() - norm.eps).clamp_min(0)
+        scale = gain * ((taken + norm.eps) / (variance + norm.eps)).sqrt()
+        norm.running_mean.copy_(offset + (mean - offset) / gain)
+        norm.running_var.copy_(taken)
+    norm.weight.mul_(scale)
