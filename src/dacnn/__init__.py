@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
     from dacnn.prediction import predict
     from dacnn.sharing.anchors import Combine, Repeat
-    from dacnn.sharing.convert import Conversion, anchor
+    from dacnn.sharing.conversion import Conversion
+    from dacnn.sharing.convert import anchor
     from dacnn.training.evaluate import evaluate
     from dacnn.training.train import train
 
@@ -23,7 +24,7 @@ _HOMES = {
     "Block": "networks.plan",
     "Combine": "sharing.anchors",
     "Config": "config",
-    "Conversion": "sharing.convert",
+    "Conversion": "sharing.conversion",
     "DacnnError": "errors",
     "DataConfig": "config",
     "Input": "networks.plan",
