@@ -13,7 +13,6 @@ from dacnn.errors import PlanError
 
 # a channel that hardly resembles the shared one keeps this share of its size, so that a norm can still bring it back
 _SMALLEST_GAIN = 0.01
-_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -51,21 +50,47 @@ def start_value(kernels: Sequence[Tensor], start: Start, rescaled: Sequence[bool
     if start == "mean" or not any(rescaled):
         return StartValue(stack.mean(0), ones)
     rows = stack.flatten(2).double()
-    filters, gains = _rank_one(rows) if all(rescaled) else _rank_one_where_free(rows, torch.tensor(rescaled).to(rows.device))
+    filters, gains = _rank_one(rows, rescaled)
     return StartValue(filters.to(stack.dtype).view(stack.shape[1:]), gains)
 
 
-def _rank_one(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _rank_one(rows: Tensor, rescaled: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """The filters and gains of least squared error, channel by channel.
+
+    A filter is a length times a direction. Where N layers must have gain 1, their mean m fixes the length to m's share of
+    the direction, and what remains to be found is the direction that the other rows and sqrt(N) m agree on best.
 
     Args:
         rows: Shape (L, O, X).
+        rescaled: For every layer, whether its gains are free.
 
     Returns:
-        Filters of shape (O, X), as large as the layers' on average, and gains of shape (L, O).
+        Filters of shape (O, X), as large as the layers' on average where all gains are free, and gains of shape (L, O).
     """
-    u, filters = _singular(rows.transpose(0, 1), 1)
-    return _balanced(filters[:, 0], u[..., 0].T)
+    # numbers, not a mask: the meta device cannot count one
+    free = [layer for layer, is_free in enumerate(rescaled) if is_free]
+    pinned = rows[[layer for layer, is_free in enumerate(rescaled) if not is_free]]
+    means = pinned.mean(0, keepdim=True) if len(pinned) else rows[:0]
+    _, best = _singular(torch.cat([rows[free], means * len(pinned) ** 0.5]).transpose(0, 1), 1)
+    directions = nn.functional.normalize(best[:, 0], dim=1, eps=1e-30)
+    shares = (rows[free] * directions).sum(2)
+    if len(pinned):
+        lengths = (means[0] * directions).sum(1)
+        # where the pinned layers have next to nothing of the direction, they may make the others' gains large, not infinite
+        smallest = _SMALLEST_GAIN * shares.abs().amax(0)
+        lengths = torch.where(lengths.abs() < smallest, _signs(lengths) * smallest, lengths)
+    else:
+        lengths = _signs(shares.sum(0)) * shares.square().mean(0).sqrt()
+    dead = lengths == 0
+    gains = torch.where(dead, 1.0, shares / torch.where(dead, 1.0, lengths))
+    all_gains = torch.ones(rows.shape[:2], dtype=rows.dtype, device=rows.device)
+    all_gains[free] = _signs(gains) * gains.abs().clamp_min(_SMALLEST_GAIN)
+    return directions * lengths[:, None], all_gains
+
+
+def _signs(values: Tensor) -> Tensor:
+    """1 and -1; of zero, 1."""
+    return torch.where(values < 0, -1.0, 1.0).to(values.dtype)
 
 
 def _singular(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -81,31 +106,6 @@ def _singular(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     # few rows and many columns: the eigenvectors of the small square find the same, a hundred times faster
     vectors = torch.linalg.eigh(rows @ rows.mT).eigenvectors.flip(-1)[..., :count]
     return vectors, vectors.mT @ rows
-
-
-def _rank_one_where_free(rows: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-    """The same where only some layers may have gains, the others 1: filters and gains in turn, each by least squares."""
-    filters = rows[~free].mean(0)
-    # where those of gain 1 are zero, gains to zero would never leave it
-    filters = torch.where((filters == 0).all(1, keepdim=True), rows.mean(0), filters)
-    gains = torch.ones(rows.shape[:2], dtype=rows.dtype, device=rows.device)
-    for _ in range(_ROUNDS):
-        fitted = (rows * filters).sum(2) / filters.square().sum(1).clamp_min(1e-30)
-        gains = torch.where(free[:, None], fitted, gains)
-        filters = (gains[..., None] * rows).sum(0) / gains.square().sum(0)[:, None].clamp_min(1e-30)
-    return filters, _away_from_zero(gains)
-
-
-def _balanced(filters: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    size = gains.square().mean(0).sqrt() * torch.where(gains.sum(0) < 0, -1.0, 1.0)
-    dead = size.abs() < 1e-30
-    size = torch.where(dead, 1.0, size)
-    gains = torch.where(dead, 1.0, gains / size)
-    return filters * torch.where(dead, 0.0, size)[:, None], _away_from_zero(gains)
-
-
-def _away_from_zero(gains: Tensor) -> Tensor:
-    return torch.where(gains < 0, -1.0, 1.0) * gains.abs().clamp_min(_SMALLEST_GAIN)
 
 
 def start_bank(kernels: Sequence[Tensor], templates: int) -> StartValue:
