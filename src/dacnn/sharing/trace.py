@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -128,7 +128,18 @@ def copy_of(module: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(module)
     except Exception as error:
-        raise PlanError(f"the module cannot be copied, and is not changed itself: {type(error).__name__}: {error}") from error
+        reason = _reason_against_copying(module) or f"{type(error).__name__}: {error}"
+        raise PlanError(f"the module cannot be copied, and is not changed itself: {reason}") from error
+
+
+def _reason_against_copying(module: nn.Module) -> str | None:
+    for name, part in module.named_modules():
+        if any(isinstance(buffer, UninitializedBuffer) for buffer in part._buffers.values()):
+            return f"'{name}' is lazy and has no shape yet: run the module once"
+        for key, value in part.__dict__.items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                return f"'{key}' of '{name}' is computed from other tensors (by weight norm or pruning, say): remove that first"
+    return None
 
 
 @torch.no_grad()
@@ -182,9 +193,8 @@ def _is_proportional(layer: nn.Module) -> bool:
 
 def _takes_gains(norm: _BatchNorm, holders: Counter[int]) -> bool:
     """Whether a norm has statistics and a scale of its own to take up gains and signs."""
-    lazy = isinstance(norm, LazyModuleMixin) and norm.has_uninitialized_params()
     scale = norm._parameters.get("weight")
-    return not lazy and scale is not None and holders[id(scale)] == 1
+    return type(scale) is nn.Parameter and holders[id(scale)] == 1
 
 
 def _stages(record: _Record) -> dict[str, tuple[int, tuple[int, ...]]]:
