@@ -8,9 +8,9 @@ that belong to one reader alone are stored under its name.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +200,11 @@ class Anchors(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         elif tuple(stored.shape) != shape:
             raise PlanError(f"'{reader}' needs '{name}' to be {shape}, but it is {tuple(stored.shape)} for other readers")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # as a row of numbers: memory formats are of images' kernels, and a bank has a dimension more than they know
+        super()._apply(lambda tensor: fn(tensor.flatten()).view(tensor.shape), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getitem__(self, name: str) -> Tensor:
         """A stored tensor."""
