@@ -97,7 +97,7 @@ class MixerBlock(nn.Module):
 class MLPMixer(nn.Module):
     """MLP-Mixer on 16x16 pixels in patches of 4x4."""
 
-    def __init__(self, depth: int = 3) -> None:
+    def __init__(self, depth: int = 2) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, WIDTH, 4, 4)
         self.blocks = nn.ModuleList([MixerBlock(tokens=16) for _ in range(depth)])
@@ -114,7 +114,7 @@ class MLPMixer(nn.Module):
 class AttentionStack(nn.Module):
     """PyTorch's own encoder layers over tokens: layers that are read without being called."""
 
-    def __init__(self, depth: int = 3) -> None:
+    def __init__(self, depth: int = 2) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(WIDTH, nhead=2, dim_feedforward=2 * WIDTH, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
@@ -139,25 +139,25 @@ def _images(side: int) -> Tensor:
 # makes each network, and what it takes
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "resnet": (
-        lambda: _transformers("ResNet", embedding_size=8, hidden_sizes=[8, 16], depths=[3, 3], layer_type="basic"),
+        lambda: _transformers("ResNet", embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic"),
         lambda: _images(32),
     ),
     "resnet-bottleneck": (
-        lambda: _transformers("ResNet", embedding_size=8, hidden_sizes=[16, 32], depths=[3, 3]),
+        lambda: _transformers("ResNet", embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2]),
         lambda: _images(32),
     ),
     "convnext": (
-        lambda: _transformers("ConvNext", hidden_sizes=[8, 16], depths=[3, 3], num_stages=2, patch_size=2),
+        lambda: _transformers("ConvNext", hidden_sizes=[8, 16], depths=[2, 2], num_stages=2, patch_size=2),
         lambda: _images(16),
     ),
     "regnet": (
-        lambda: _transformers("RegNet", embedding_size=8, hidden_sizes=[8, 16], depths=[3, 3], groups_width=4),
+        lambda: _transformers("RegNet", embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], groups_width=4),
         lambda: _images(32),
     ),
     "mobilenet": (lambda: _transformers("MobileNetV2", depth_multiplier=0.25), lambda: _images(64)),
     "vit": (
         lambda: _transformers(
-            "ViT", hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=4
+            "ViT", hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=4
         ),
         lambda: _images(16),
     ),

@@ -1,5 +1,6 @@
 """Foreign layers that read their kernel: a subclass of the layer's own class whose `weight` belongs to somebody else."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -38,8 +39,9 @@ class ForeignReader(nn.Module):
 def _regulated(layer: nn.Module, regulator: nn.Module, y: Tensor) -> Tensor:
     """What a regulator, which takes images of N x C x H x W, makes of what a layer gives, of any shape."""
     if isinstance(layer, nn.Linear):
-        # one image of one row whose channels come last in memory: nothing is copied
-        pixels = y.reshape(1, 1, -1, y.shape[-1]).permute(0, 3, 1, 2)
+        # images of one row whose channels come last in memory: nothing is copied
+        *rows, columns = y.shape[:-1] if y.ndim > 2 else (*y.shape[:-1], 1)
+        pixels = y.reshape(math.prod(rows), 1, columns, y.shape[-1]).permute(0, 3, 1, 2)
         regulated: Tensor = regulator(pixels).permute(0, 2, 3, 1)
         return regulated.reshape(y.shape)
     batched = y.ndim == len(cast(_ConvNd, layer).kernel_size) + 2
