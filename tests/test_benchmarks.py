@@ -30,3 +30,11 @@ def test_a_table_that_was_cut_off_goes_on_and_repeats_nothing(tmp_path: Path) ->
 def test_the_training_benchmark_compares_both_sides() -> None:
     table = run("training.py", "--width", "8", "--batch-size", "16", "--steps", "2", "--rounds", "1")
     assert table["speed_ratio"] > 0 and table["memory_ratio"] > 0 and table["input_share"] > 0
+
+
+def test_the_conversion_benchmark_times_every_rule_with_every_start() -> None:
+    table = run("conversion.py", "--width", "4", "--side", "32", "--rounds", "1")["rows"]
+    built, *converted = table
+    assert {(row["rule"], row["start"]) for row in converted} >= {("all", "first"), ("stage", "mean"), ("isomorphic", "fit")}
+    assert all(row["seconds"] > 0 for row in table)
+    assert all(row["stored_parameters"] < built["stored_parameters"] for row in converted)

@@ -192,7 +192,7 @@ def _fill(anchors: Anchors, kernel: str, module: nn.Module, norms: Mapping[str, 
 
 def _check_numbers(weights: Mapping[str, torch.Tensor]) -> None:
     for name, weight in weights.items():
-        if not weight.is_meta and not bool(weight.isfinite().all()):
+        if not weight.is_meta and not bool(weight.sum(dtype=torch.float64).isfinite()):
             raise PlanError(f"layer '{name}' has weights that are infinite or no numbers: start with 'first', or mend them")
 
 

@@ -46,12 +46,10 @@ def start_value(kernels: Sequence[Tensor], start: Start, rescaled: Sequence[bool
     ones = torch.ones(len(kernels), first.shape[0], dtype=torch.float64, device=first.device)
     if start == "first":
         return StartValue(first.clone(memory_format=torch.contiguous_format), ones)
-    stack = torch.stack([kernel.detach() for kernel in kernels]).contiguous()
     if start == "mean" or not any(rescaled):
-        return StartValue(stack.mean(0), ones)
-    rows = stack.flatten(2).double()
-    filters, gains = _rank_one(rows, rescaled)
-    return StartValue(filters.to(stack.dtype).view(stack.shape[1:]), gains)
+        return StartValue(torch.stack([kernel.detach() for kernel in kernels]).mean(0).contiguous(), ones)
+    filters, gains = _rank_one(torch.stack([kernel.detach().flatten(1).double() for kernel in kernels], dim=1), rescaled)
+    return StartValue(filters.to(first.dtype).view(first.shape), gains.T)
 
 
 def _rank_one(rows: Tensor, rescaled: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -61,31 +59,31 @@ def _rank_one(rows: Tensor, rescaled: Sequence[bool]) -> tuple[Tensor, Tensor]:
     the direction, and what remains to be found is the direction that the other rows and sqrt(N) m agree on best.
 
     Args:
-        rows: Shape (L, O, X).
+        rows: Shape (O, L, X).
         rescaled: For every layer, whether its gains are free.
 
     Returns:
-        Filters of shape (O, X), as large as the layers' on average where all gains are free, and gains of shape (L, O).
+        Filters of shape (O, X), as large as the layers' on average where all gains are free, and gains of shape (O, L).
     """
     # numbers, not a mask: the meta device cannot count one
-    free = [layer for layer, is_free in enumerate(rescaled) if is_free]
-    pinned = rows[[layer for layer, is_free in enumerate(rescaled) if not is_free]]
-    means = pinned.mean(0, keepdim=True) if len(pinned) else rows[:0]
-    _, best = _singular(torch.cat([rows[free], means * len(pinned) ** 0.5]).transpose(0, 1), 1)
-    directions = nn.functional.normalize(best[:, 0], dim=1, eps=1e-30)
-    shares = (rows[free] * directions).sum(2)
-    if len(pinned):
-        lengths = (means[0] * directions).sum(1)
+    free, pinned = ([layer for layer, is_free in enumerate(rescaled) if is_free == wanted] for wanted in (True, False))
+    if pinned:
+        rows = torch.cat([rows[:, free], rows[:, pinned].mean(1, keepdim=True) * len(pinned) ** 0.5], dim=1)
+    left, best = _singular(rows, 1)
+    sizes = best[:, 0].norm(dim=1, keepdim=True)
+    # how much of the direction each row has
+    shares = left[..., 0] * sizes
+    if pinned:
+        shares, lengths = shares[:, :-1], shares[:, -1:] / len(pinned) ** 0.5
         # where the pinned layers have next to nothing of the direction, they may make the others' gains large, not infinite
-        smallest = _SMALLEST_GAIN * shares.abs().amax(0)
+        smallest = _SMALLEST_GAIN * shares.abs().amax(1, keepdim=True)
         lengths = torch.where(lengths.abs() < smallest, _signs(lengths) * smallest, lengths)
     else:
-        lengths = _signs(shares.sum(0)) * shares.square().mean(0).sqrt()
-    dead = lengths == 0
-    gains = torch.where(dead, 1.0, shares / torch.where(dead, 1.0, lengths))
-    all_gains = torch.ones(rows.shape[:2], dtype=rows.dtype, device=rows.device)
-    all_gains[free] = _signs(gains) * gains.abs().clamp_min(_SMALLEST_GAIN)
-    return directions * lengths[:, None], all_gains
+        lengths = _signs(shares.sum(1, keepdim=True)) * shares.square().mean(1, keepdim=True).sqrt()
+    fitted = torch.where(lengths == 0, 1.0, shares / torch.where(lengths == 0, 1.0, lengths))
+    gains = torch.ones(len(rows), len(rescaled), dtype=rows.dtype, device=rows.device)
+    gains[:, free] = _signs(fitted) * fitted.abs().clamp_min(_SMALLEST_GAIN)
+    return best[:, 0] * (lengths / torch.where(sizes == 0, 1.0, sizes)), gains
 
 
 def _signs(values: Tensor) -> Tensor:
