@@ -46,8 +46,15 @@ def test_a_conversion_for_another_module_is_refused() -> None:
     mapping = dacnn.anchor(chain(depth=3))[1]
     with pytest.raises(PlanError, match=r"conv8x8x3x3: the module has no layer '2\.0' that can share a kernel"):
         convert(chain(depth=2), mapping)
-    with pytest.raises(PlanError, match="has 0 layers, : expected two or more"):
+    with pytest.raises(PlanError, match="kernel has 0 layers, : expected two or more"):
         convert(chain(), Conversion({"kernel": ()}))
+    with pytest.raises(PlanError, match="kernel 'own' has the name of something that every module has"):
+        convert(chain(), Conversion({"own": ("0.0", "1.0")}))
+    with pytest.raises(PlanError, match=r"a kernel is named 'a\.b': expected a name without dots"):
+        Conversion({"a.b": ("0.0", "1.0")})
+    for groups in ({"one": ("0.0", "0.0")}, {"one": ("0.0", "1.0"), "other": ("2.0", "0.0")}):
+        with pytest.raises(PlanError, match=r"layer '0\.0' reads 2 kernels: expected each layer once"):
+            Conversion(groups)
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -211,6 +211,7 @@ class RunsItsChildren(nn.Module):
         super().__init__()
         self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         for child in self.children():
             x = child(x)

@@ -1,5 +1,6 @@
 """Which layers of a foreign module read which kernel: pure data, as the plan of a network is."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ class Conversion:
     templates: int | None = None
 
     def __post_init__(self) -> None:
-        """Check regulator, rank and templates, which need no module."""
+        """Check what needs no module."""
         if self.regulator is not None:
             check_regulator(self.regulator, self.regulator_rank)
         elif self.regulator_rank is not None:
@@ -36,7 +37,12 @@ class Conversion:
             raise PlanError(f"regulator_rank is {self.regulator_rank}: expected 1 or more")
         if self.templates is not None and self.templates < 1:
             raise PlanError(f"templates is {self.templates}: expected 1 or more")
+        for reader, count in Counter(reader for readers in self.groups.values() for reader in readers).items():
+            if count > 1:
+                raise PlanError(f"layer '{reader}' reads {count} kernels: expected each layer once")
         for name, readers in self.groups.items():
+            if not name or "." in name:
+                raise PlanError(f"a kernel is named '{name}': expected a name without dots")
             if self.templates is not None and len(readers) < self.templates:
                 raise PlanError(
                     f"{name} has {len(readers)} layers for {self.templates} templates: expected at most as many templates"

@@ -3,6 +3,7 @@
 Source of the rule `isomorphic`: Azadbakht et al. 2022, arXiv:2210.14151.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
@@ -198,7 +199,7 @@ def _check_numbers(weights: Mapping[str, torch.Tensor]) -> None:
 
 def _home(module: nn.Module, readers: Mapping[str, object]) -> nn.Module:
     """Where the owner of the kernels stands: at the root, or, where the root would run it or uses the name, in a reader."""
-    code = getattr(type(module).forward, "__code__", None)
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     runs_all_parts = isinstance(module, _CONTAINERS) or (code is not None and _ALL_PARTS & set(code.co_names))
     places = [] if runs_all_parts else [module]
     for home in (*places, *(module.get_submodule(name) for name in readers)):
