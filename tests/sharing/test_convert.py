@@ -69,6 +69,11 @@ def test_a_kernel_gets_the_sum_of_the_gradients_of_the_layers_it_replaces(name: 
     assert_gradients_add_up(module.double().train(training), x.double())
 
 
+def test_so_does_a_kernel_whose_readers_are_called_again_and_again() -> None:
+    again, once = (nn.Conv2d(WIDTH, WIDTH, 3, padding=1, dtype=torch.float64) for _ in range(2))
+    assert_gradients_add_up(nn.Sequential(again, nn.Tanh(), once, nn.Tanh(), again, again), drawn(2, WIDTH, 9, 9).double())
+
+
 @st.composite
 def networks(draw: st.DrawFn) -> nn.Module:
     """Chains of convolutions of few shapes, with whatever strides, norms, activations and biases."""
