@@ -58,3 +58,11 @@ def test_the_benchmark_of_activation_memory_compares_both_sides() -> None:
     table = run("activation_memory.py", *words)
     assert table["memory_ratio"] > 0 and table["time_ratio"] > 0
     assert "segments of" in table["runs"]["dacnn"][0]["segments"]
+
+
+def test_the_conversion_benchmark_times_every_rule_with_every_start() -> None:
+    table = run("conversion.py", "--width", "4", "--side", "32", "--rounds", "1")["rows"]
+    built, *converted = table
+    assert {(row["rule"], row["start"]) for row in converted} >= {("all", "first"), ("stage", "mean"), ("isomorphic", "fit")}
+    assert all(row["seconds"] > 0 for row in table)
+    assert all(row["stored_parameters"] < built["stored_parameters"] for row in converted)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from dacnn.networks.rival import rival
     from dacnn.prediction import predict
     from dacnn.sharing.anchors import Combine, Repeat
-    from dacnn.sharing.convert import Conversion, anchor
+    from dacnn.sharing.conversion import Conversion
+    from dacnn.sharing.convert import anchor
     from dacnn.training.evaluate import evaluate
     from dacnn.training.train import train
 
@@ -27,7 +28,7 @@ _HOMES = {
     "Block": "networks.plan",
     "Combine": "sharing.anchors",
     "Config": "config",
-    "Conversion": "sharing.convert",
+    "Conversion": "sharing.conversion",
     "DacnnError": "errors",
     "DataConfig": "config",
     "Input": "networks.plan",

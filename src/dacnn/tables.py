@@ -20,7 +20,7 @@ from dacnn.networks.fold import Bank, Fold
 from dacnn.networks.plan import Plan
 from dacnn.prediction import Prediction
 from dacnn.sharing.anchors import Combine, Repeat
-from dacnn.sharing.convert import Conversion
+from dacnn.sharing.conversion import Conversion
 from dacnn.training.evaluate import Evaluation
 from dacnn.training.precision import Execution
 from dacnn.training.train import TrainResult

@@ -1,5 +1,6 @@
 """What each way of sharing would save, and the least of it that fits a budget."""
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dacnn.errors import ConfigError
+from dacnn.errors import ConfigError, PlanError
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
@@ -69,9 +70,13 @@ def proposals(make: Make, schemes: Iterable[Settings], bytes_per_value: int = 4)
         bytes_per_value: 4, 2 or 1.
 
     Returns:
-        A proposal for each, the largest first.
+        A proposal for each that is possible, the largest first.
     """
-    found = [_measured(make, settings, bytes_per_value) for settings in schemes]
+    found = []
+    for settings in schemes:
+        # a bank may have more templates than any group has layers
+        with contextlib.suppress(PlanError):
+            found.append(_measured(make, settings, bytes_per_value))
     return sorted(found, key=lambda proposal: -proposal.stored_bytes)
 
 
