@@ -73,6 +73,13 @@ def test_it_follows_regulators(regulator: str, place: Any) -> None:
     assert ratio(plan, training) == pytest.approx(1, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("recompute", ["no", "activations", "segments"])
+@pytest.mark.parametrize("scheme", [{"share": "template", "templates": 2}, {"share": "repeat", "base_width": 4}], ids=str)
+def test_it_follows_expressions_and_what_runs_again(scheme: Any, recompute: Any) -> None:
+    training = TrainingConfig(batch_size=8, precision="float32", threads=1, recompute=recompute)
+    assert ratio(planned("dacnn18", 8, **scheme), training) == pytest.approx(1, abs=TOLERANCE)
+
+
 def test_parts_are_those_of_a_real_step() -> None:
     network = dacnn.create("dacnn14", share="none", width=64)
     weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))

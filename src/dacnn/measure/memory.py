@@ -101,7 +101,7 @@ def predict_training_memory(
     with torch.device("meta"):
         hollow = Network(plan)
     with FakeTensorMode(), live:
-        hollow._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        _fill_in(hollow, device)
         # it is where it shall be, and a fake parameter cannot be moved in its place
         hollow.to = lambda *_: hollow  # type: ignore[method-assign]
         live.label("weights", (*hollow.parameters(), *hollow.buffers()))
@@ -117,6 +117,17 @@ def predict_training_memory(
         peak = live.peak()
     kinds = ("weights", "gradients", "optimizer", "activations", "workspace")
     return TrainingMemory(*(peak.get(kind, 0) for kind in kinds))
+
+
+def _fill_in(hollow: nn.Module, device: torch.device) -> None:
+    """Put tensors on a device in the places of those on the meta device, without a look at the latter, which are no fakes."""
+    for part in hollow.modules():
+        for name, tensor in part._parameters.items():
+            if tensor is not None:
+                part._parameters[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
 def measure_training_memory(
