@@ -203,11 +203,8 @@ class Anchors(nn.Module):
             raise PlanError(f"'{reader}' needs '{name}' to be {shape}, but it is {tuple(stored.shape)} for other readers")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def applied(tensor: Tensor) -> Tensor:
-            # memory formats are of images' kernels, and a bank has a dimension more than they know
-            return fn(tensor.flatten()).view(tensor.shape) if tensor.ndim == 5 else fn(tensor)
-
-        super()._apply(applied, recurse)  # type: ignore[no-untyped-call]
+        # as a row of numbers: memory formats are of images' kernels, and what is stored has none of them
+        super()._apply(lambda tensor: fn(tensor.flatten()).view(tensor.shape), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __getitem__(self, name: str) -> Tensor:
