@@ -65,6 +65,7 @@ ORDER = [
     "draw",
     "tables",
     "progress",
+    "flags",
     "cli",
     "__main__",
 ]

@@ -3,83 +3,22 @@
 Nothing that imports torch is imported before a command needs it, so that `dacnn --help` answers at once.
 """
 
-import dataclasses
 import json
 import os
 import sys
-import typing
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from dacnn import __version__
-from dacnn.config import DataConfig, NetworkConfig, TrainingConfig, read_config
+from dacnn.config import DataConfig, NetworkConfig
 from dacnn.errors import ConfigError, DacnnError, Interrupted
+from dacnn.flags import DataFlags, Into, Json, NetworkFlags, NetworkName, RunPath, Source, TrainingFlags, settings_of, word
 
 if TYPE_CHECKING:
-    from dacnn.networks.classifier import Classifier
     from dacnn.networks.plan import Input, Plan
-
-
-def _spelled(kind: Any) -> str:
-    """What stands for a value of the annotated type `kind` in --help."""
-    choices = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return "|".join(choices)
-    if typing.get_origin(kind) is tuple:
-        return "INT ..."
-    inner = [choice for choice in choices if choice is not type(None)]
-    return _spelled(inner[0]) if inner else "TRUE|FALSE" if kind is bool else kind.__name__.upper()
-
-
-def _optional(kind: Any, *, without: frozenset[str] = frozenset()) -> list[tuple[str, Any, None]]:
-    """The fields of a config as optional flags: None leaves the recipe's value."""
-    return [
-        (
-            item.name,
-            Annotated[
-                cast(Any, item.type) | None, arg(help=item.metadata["help"], metavar=_spelled(item.type), help_behavior_hint="")
-            ],
-            None,
-        )
-        for item in dataclasses.fields(kind)
-        if item.name not in without
-    ]
-
-
-NetworkFlags = dataclasses.make_dataclass("NetworkFlags", _optional(NetworkConfig, without=frozenset({"name"})), frozen=True)
-DataFlags = dataclasses.make_dataclass("DataFlags", _optional(DataConfig, without=frozenset({"source"})), frozen=True)
-TrainingFlags = dataclasses.make_dataclass("TrainingFlags", _optional(TrainingConfig), frozen=True)
-for _flags in (NetworkFlags, DataFlags, TrainingFlags):
-    # the heading of the group in --help, instead of the generated signature
-    _flags.__doc__ = "Over the recipe's values."
-
-NetworkName = Annotated[
-    str | None, arg(help="network of the zoo (see `dacnn models`), or FILE.py:factory", metavar="NAME", help_behavior_hint="")
-]
-RunPath = Annotated[Path, arg(help="run directory, or a .safetensors file", metavar="RUN", help_behavior_hint="")]
-Into = Annotated[
-    str | None,
-    arg(help="FILE.py:factory that makes the layers of a converted network", metavar="FACTORY", help_behavior_hint=""),
-]
-Source = Annotated[
-    str | None,
-    arg(
-        help="digits, cifar10, cifar100, svhn, a hub data set, or a local folder or archive",
-        metavar="SOURCE",
-        help_behavior_hint="",
-    ),
-]
-Json = Annotated[bool, arg(help="print one JSON object on standard output", help_behavior_hint="")]
-
-
-def _given(*flags: object) -> dict[str, Any]:
-    """The flags that were given."""
-    pairs = ((item.name, getattr(group, item.name)) for group in flags for item in dataclasses.fields(group))  # type: ignore[arg-type]
-    return {name: value for name, value in pairs if value is not None}
 
 
 def _print_json(content: object) -> None:
@@ -87,17 +26,13 @@ def _print_json(content: object) -> None:
 
 
 def train(
-    network: Positional[NetworkName] = None,
+    network: Positional[NetworkName | None] = None,
     /,
     *,
     data: Source = None,
-    recipe: Annotated[
-        str | None, arg(help="digits, fast, paper, or a TOML file", metavar="RECIPE", help_behavior_hint="")
-    ] = None,
-    out: Annotated[
-        Path | None, arg(help="run directory (default: a new one under runs/)", metavar="RUN", help_behavior_hint="")
-    ] = None,
-    resume: Annotated[bool, arg(help="go on with the run in --out where it stopped", help_behavior_hint="")] = False,
+    recipe: Annotated[str | None, word("digits, fast, paper, or a TOML file", "RECIPE")] = None,
+    out: Annotated[Path | None, word("run directory (default: a new one under runs/)", "RUN")] = None,
+    resume: Annotated[bool, word("go on with the run in --out where it stopped")] = False,
     json: Json = False,
     network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
     data_settings: OmitArgPrefixes[DataFlags] = DataFlags(),  # type: ignore[valid-type]  # noqa: B008
@@ -123,7 +58,7 @@ def train(
             out=out,
             resume=resume,
             listener=listener,
-            **_given(network_settings, data_settings, training_settings),
+            **settings_of(network_settings, data_settings, training_settings),
         )
     finally:
         listener.close()
@@ -151,9 +86,7 @@ def eval(
     *,
     data: Source = None,
     into: Into = None,
-    png: Annotated[
-        Path | None, arg(help="draw the confusion matrix into this file", metavar="FILE", help_behavior_hint="")
-    ] = None,
+    png: Annotated[Path | None, word("draw the confusion matrix into this file", "FILE")] = None,
     json: Json = False,
     data_settings: OmitArgPrefixes[DataFlags] = DataFlags(),  # type: ignore[valid-type]  # noqa: B008
     network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
@@ -165,18 +98,29 @@ def eval(
     Example: dacnn eval runs/first --png confusion.png
     """
     from dacnn import tables
-    from dacnn.data.sources import load_test
+    from dacnn.checkpoint import load
+    from dacnn.data.sources import load_data, load_test
     from dacnn.draw import draw_confusion
     from dacnn.measure.count import count
-    from dacnn.networks.factory import is_factory
+    from dacnn.networks.classifier import Classifier
+    from dacnn.networks.factory import adapt, is_factory
     from dacnn.progress import bar
     from dacnn.training.evaluate import evaluate
     from dacnn.training.precision import best_device
+    from dacnn.training.run import data_of
 
-    given = _given(network_settings)
-    trained = None if is_factory(str(run)) else _trained(run, into, given)
-    config = _data_of(run, data, _given(data_settings))
-    network = (trained or _untrained(NetworkConfig(str(run), **given), config)).to(best_device())
+    network: Classifier
+    if is_factory(str(run)):
+        if data is None or into:
+            raise ConfigError(f"{run} makes a network that saw no data set: name one with --data, and leave out --into")
+        config = DataConfig(data, **settings_of(data_settings))
+        splits = load_data(config)
+        network = adapt(NetworkConfig(str(run), **settings_of(network_settings)), splits.input, splits.classes).eval()
+    else:
+        _refuse_settings(str(run), network_settings)
+        network = load(run, into)
+        config = data_of(run, data, **settings_of(data_settings))
+    network = network.to(best_device())
     with bar("loading") as tick:
         images = load_test(config, network.input, network.classes, progress=lambda what, done, total: tick(done, total))
     with bar("evaluating") as tick:
@@ -203,9 +147,7 @@ def eval(
 
 def predict(
     run: Positional[RunPath],
-    images: Positional[
-        Annotated[tuple[Path, ...], arg(help="image files, and folders of them", metavar="IMAGE", help_behavior_hint="")]
-    ],
+    images: Positional[Annotated[tuple[Path, ...], word("image files, and folders of them", "IMAGE")]],
     /,
     *,
     top: Annotated[int, arg(help="how many classes to name for each image")] = 3,
@@ -217,6 +159,7 @@ def predict(
     Example: dacnn predict runs/first photo.jpg holiday/
     """
     from dacnn import tables
+    from dacnn.checkpoint import load
     from dacnn.prediction import predict as predict_images
     from dacnn.progress import bar
     from dacnn.training.precision import best_device
@@ -226,7 +169,7 @@ def predict(
     if top < 1:
         raise ConfigError(f"--top is {top}: expected 1 or more")
     with bar("classifying") as tick:
-        predictions = predict_images(_trained(run, into, {}).to(best_device()), images, top=top, tick=tick)
+        predictions = predict_images(load(run, into).to(best_device()), images, top=top, tick=tick)
     if not json:
         tables.show(tables.prediction_table(predictions))
         return
@@ -280,19 +223,16 @@ def show(
     network: Positional[
         Annotated[
             str,
-            arg(
-                help="network of the zoo, run directory, .safetensors file or FILE.py:factory",
-                metavar="NAME",
-                help_behavior_hint="",
-            ),
+            word("network of the zoo, run directory, .safetensors file or FILE.py:factory", "NAME"),
         ]
     ],
     /,
     *,
-    classes: Annotated[int, arg(help="number of classes, for a network of the zoo")] = 100,
-    in_channels: Annotated[int, arg(help="channels of an image, for a network of the zoo")] = 3,
-    size: Annotated[int, arg(help="side of an image in pixels, for a network of the zoo")] = 32,
-    png: Annotated[Path | None, arg(help="draw the plan into this file", metavar="FILE", help_behavior_hint="")] = None,
+    classes: Annotated[int, arg(help="number of classes, for an untrained network")] = 100,
+    in_channels: Annotated[int, arg(help="channels of an image, for an untrained network")] = 3,
+    size: Annotated[int, arg(help="side of an image in pixels, for an untrained network")] = 32,
+    into: Into = None,
+    png: Annotated[Path | None, word("draw the plan into this file", "FILE")] = None,
     json: Json = False,
     network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> None:
@@ -304,42 +244,49 @@ def show(
     from dacnn.checkpoint import load
     from dacnn.draw import draw_plan
     from dacnn.measure.count import count
-    from dacnn.networks.factory import is_factory
+    from dacnn.networks.adapted import Adapted
+    from dacnn.networks.classifier import Classifier
+    from dacnn.networks.factory import adapt, is_factory
+    from dacnn.networks.network import Network
+    from dacnn.networks.plan import Plan
     from dacnn.networks.zoo import DESIGNS
 
-    given = _given(network_settings)
+    shown: Classifier | Plan
     if is_factory(network):
+        config = NetworkConfig(network, **settings_of(network_settings))
+        shown = adapt(config, _input(in_channels, size), _names(classes))
+    elif network in DESIGNS or not Path(network).exists():
+        shown = _plan(NetworkConfig(network, **settings_of(network_settings)), classes, in_channels, size)
+    else:
+        _refuse_settings(network, network_settings)
+        shown = load(network, into)
+    shown = shown.plan if isinstance(shown, Network) else shown
+    counts = count(shown)
+    if isinstance(shown, Plan):
+        if png:
+            draw_plan(shown, png)
+        readers = {name: [layer.name for layer in layers] for name, layers in shown.readers().items()}
+        table, content = tables.plan_table(shown, counts), {"plan": _plain(shown), "readers": readers}
+    else:
+        assert isinstance(shown, Adapted)
         if png:
             raise ConfigError(f"--png: {network} has no plan to draw: leave it out")
-        _show_foreign(NetworkConfig(network, **given), classes, in_channels, size, json)
-        return
-    if network in DESIGNS or not Path(network).exists():
-        plan = _plan(NetworkConfig(network, **given), classes, in_channels, size)
-    elif given:
-        raise _takes_no(network, given)
+        table, content = tables.conversion_table(shown, counts), shown.conversion.to_table()
+    if json:
+        _print_json({**content, **counts.to_table()})
     else:
-        plan = load(network).plan
-    counts = count(plan)
-    if png:
-        draw_plan(plan, png)
-    if not json:
-        tables.show(tables.plan_table(plan, counts))
-        return
-    readers = {name: [layer.name for layer in layers] for name, layers in plan.readers().items()}
-    _print_json({"plan": _plain(plan), "readers": readers, **counts.to_table()})
+        tables.show(table)
 
 
 def fold(
     run: Positional[RunPath],
     /,
     *,
-    out: Annotated[
-        Path, arg(help="write the folded network into this .safetensors file", metavar="FILE", help_behavior_hint="")
-    ],
-    kernels: Annotated[int | None, arg(help="kernels that come out of each bank", metavar="INT", help_behavior_hint="")] = None,
+    out: Annotated[Path, word("write the folded network into this .safetensors file", "FILE")],
+    kernels: Annotated[int | None, word("kernels that come out of each bank", "INT")] = None,
     similarity: Annotated[
         float | None,
-        arg(help="or how alike layers must be to read one, 0 to 1 (default: 0.9)", metavar="FLOAT", help_behavior_hint=""),
+        word("or how alike layers must be to read one, 0 to 1 (default: 0.9)", "FLOAT"),
     ] = None,
     data: Source = None,
     json: Json = False,
@@ -358,12 +305,13 @@ def fold(
     from dacnn.progress import bar
     from dacnn.training.evaluate import evaluate
     from dacnn.training.precision import best_device
+    from dacnn.training.run import data_of
 
     network = load(run)
     folded, done = fold_network(network, kernels=kernels, similarity=similarity)
     with bar("loading") as tick:
         images = load_test(
-            _data_of(run, data, _given(data_settings)),
+            data_of(run, data, **settings_of(data_settings)),
             network.input,
             network.classes,
             progress=lambda what, done, total: tick(done, total),
@@ -387,41 +335,15 @@ def fold(
     )
 
 
-def _show_foreign(config: NetworkConfig, classes: int, channels: int, size: int, as_json: bool) -> None:
-    """Show who reads which kernel in a converted module."""
-    from dacnn import tables
-    from dacnn.measure.count import count
-    from dacnn.networks.factory import adapt
-    from dacnn.sharing.convert import conversion_of
-    from dacnn.sharing.survey import survey
-
-    network = adapt(config, _input(channels, size), tuple(map(str, range(classes))))
-    refused = survey(adapt(NetworkConfig(config.name), network.input, network.classes).module).refused
-    conversion = dataclasses.replace(conversion_of(network.module), refused=refused)
-    counts = count(network)
-    if as_json:
-        _print_json({**conversion.to_table(), **counts.to_table()})
-    else:
-        tables.show(tables.conversion_table(network, conversion, counts))
-
-
 def plan(
-    network: Positional[
-        Annotated[str, arg(help="network of the zoo, or FILE.py:factory", metavar="NAME", help_behavior_hint="")]
-    ],
+    network: Positional[Annotated[str, word("network of the zoo, or FILE.py:factory", "NAME")]],
     /,
     *,
     budget: Annotated[
         str | None,
-        arg(
-            help="propose the least sharing that stores no more than this, such as 100kB",
-            metavar="BYTES",
-            help_behavior_hint="",
-        ),
+        word("propose the least sharing that stores no more than this, such as 100kB", "BYTES"),
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "int8"], arg(help="format in which the values are stored", help_behavior_hint="")
-    ] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16", "int8"], word("format in which the values are stored")] = "float32",
     classes: Annotated[int, arg(help="number of classes")] = 10,
     in_channels: Annotated[int, arg(help="channels of an image")] = 3,
     size: Annotated[int, arg(help="side of an image in pixels")] = 32,
@@ -433,69 +355,28 @@ def plan(
     Example: dacnn plan net.py:make --budget 100kB
     """
     from dacnn import tables
-    from dacnn.measure.proposals import SCHEMES, fitting, parse_bytes, proposals
-    from dacnn.networks.factory import adapt, is_factory, make_module
+    from dacnn.measure.proposals import parse_bytes, propose_sharing
 
-    given, foreign = _given(network_settings), is_factory(network)
-    sharing = {name: given.pop(name) for name in ("share", "groups", "templates") if name in given}
-    unshared, *schemes = SCHEMES[: -1 if foreign else None]
-    input, names = _input(in_channels, size), tuple(map(str, range(classes)))
-    module = make_module(network, num_classes=classes, in_channels=in_channels) if foreign else None
-
-    def make(settings: Mapping[str, Any]) -> "Classifier | Plan":
-        config = NetworkConfig(network, **given | dict(settings))
-        return adapt(config, input, names, module) if foreign else _plan(config, classes, in_channels, size)
-
-    size_of = {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
-    found = proposals(make, (unshared, *([sharing] if sharing else schemes)), size_of)
-    chosen = fitting(make, found, parse_bytes(budget), size_of) if budget else None
+    config = NetworkConfig(network, **settings_of(network_settings))
+    found, chosen = propose_sharing(
+        config,
+        _input(in_channels, size),
+        _names(classes),
+        budget_bytes=None if budget is None else parse_bytes(budget),
+        bytes_per_value={"float32": 4, "bfloat16": 2, "int8": 1}[dtype],
+    )
     if json:
-        rows = [{**dataclasses.asdict(proposal), "flags": proposal.flags} for proposal in found]
-        _print_json({"proposals": rows, "chosen": {**dataclasses.asdict(chosen), "flags": chosen.flags} if chosen else None})
+        _print_json({"proposals": [proposal.to_table() for proposal in found], "chosen": chosen.to_table() if chosen else None})
         return
     tables.show(tables.proposal_table(f"{network}, values in {dtype}", found))
     if chosen:
         tables.show(f"fits {budget}: {chosen.flags} ({chosen.stored_bytes:,} bytes)")
 
 
-def _data_of(run: Path, data: str | None, given: Mapping[str, Any]) -> DataConfig:
-    """The data set of a run, or another that was named."""
-    recorded = (run if run.is_dir() else run.parent) / "config.toml"
-    if data is None and not recorded.is_file():
-        raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --data")
-    config = read_config(recorded).data if recorded.is_file() else DataConfig()
-    changes: dict[str, Any] = {"source": data} if data else {}
-    return dataclasses.replace(config, **changes, **given)
-
-
-def _trained(run: Path, into: str | None, given: Mapping[str, Any]) -> "Classifier":
-    """A trained network; of a converted one, the layers that a factory makes."""
-    from dacnn.checkpoint import described, load
-    from dacnn.networks.classifier import Classifier
-    from dacnn.networks.factory import make_module
-
+def _refuse_settings(trained: str, flags: object) -> None:
+    given = ", ".join("--" + name.replace("_", "-") for name in settings_of(flags))
     if given:
-        raise _takes_no(str(run), given)
-    if into is None:
-        return load(run)
-    input, classes = described(run)
-    network = load(run, make_module(into, num_classes=len(classes), in_channels=input.channels))
-    assert isinstance(network, Classifier)
-    return network
-
-
-def _takes_no(trained: str, given: Mapping[str, Any]) -> ConfigError:
-    flags = ", ".join("--" + name.replace("_", "-") for name in given)
-    return ConfigError(f"{trained} is a trained network: it takes no {flags}")
-
-
-def _untrained(config: NetworkConfig, data: DataConfig) -> "Classifier":
-    """What a factory gives for a data set."""
-    from dacnn.data.sources import load_data
-    from dacnn.networks.factory import adapt
-
-    splits = load_data(data)
-    return adapt(config, splits.input, splits.classes).eval()
+        raise ConfigError(f"{trained} is a trained network: it takes no {given}")
 
 
 def _input(channels: int, size: int) -> "Input":
@@ -505,11 +386,16 @@ def _input(channels: int, size: int) -> "Input":
     return Input(size, size, channels, mean=(0.5,) * channels, std=(0.25,) * channels)
 
 
+def _names(classes: int) -> tuple[str, ...]:
+    """Names of so many classes."""
+    return tuple(map(str, range(classes)))
+
+
 def _plan(config: NetworkConfig, classes: int, channels: int, size: int) -> "Plan":
     """The plan of a network that has no data set yet."""
     from dacnn.networks.zoo import plan_of
 
-    return plan_of(config, _input(channels, size), tuple(map(str, range(classes))))
+    return plan_of(config, _input(channels, size), _names(classes))
 
 
 def _plain(plan: "Plan") -> object:
@@ -549,7 +435,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"dacnn: {stop}", file=sys.stderr)
         sys.exit(130)
     except DacnnError as error:
-        print(f"dacnn: error: {error}", file=sys.stderr)
+        print("dacnn: error:", *str(error).splitlines(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("dacnn: interrupted", file=sys.stderr)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dacnn.checkpoint import stored_once
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
@@ -67,7 +68,7 @@ def count(network: Classifier | Plan) -> Counts:
     return Counts(
         stored_parameters=stored,
         used_parameters=stored + again,
-        stored_bytes=sum(tensor.numel() * tensor.element_size() for tensor in twin.state_dict().values()),
+        stored_bytes=sum(tensor.numel() * tensor.element_size() for tensor in stored_once(twin.state_dict()).values()),
         # PyTorch counts a multiply-add as two operations
         macs=counter.get_total_flops() // 2,
     )
