@@ -20,7 +20,7 @@ from safetensors.torch import save as to_safetensors_bytes
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from dacnn.errors import CheckpointError, ConfigError, DacnnError, PlanError
+from dacnn.errors import CheckpointError, ConfigError, DacnnError, PlanError, told
 from dacnn.networks.adapted import Adapted
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.factory import make_module
@@ -82,9 +82,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: object) ->
         CheckpointError: The file cannot be written.
     """
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
-    content = to_safetensors_bytes(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {_METADATA_KEY: text}
-    )
+    # a copy of each: a view of another tensor's memory is refused
+    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    content = to_safetensors_bytes(copies, {_METADATA_KEY: text})
     with replacing(path) as beside:
         beside.write_bytes(content)
 
@@ -222,12 +222,14 @@ def _load_converted(
     if into is None:
         raise CheckpointError(
             f"{path}: holds the weights of a converted module, not its layers: give a fresh one, "
-            "dacnn.load(path, into=factory()), or --into FILE.py:factory"
+            "dacnn.load(path, into=factory()), or --into FILE.py:factory where a command takes it"
         )
     try:
         conversion, described = Conversion.from_table(metadata["conversion"]), _described(metadata)
         module = _fresh(into, described)
-        network = Adapted(module, *described).try_out() if described else None
+        network = Adapted(module, *described) if described else None
+        if network and any(map(is_lazy, module.state_dict().values())):
+            network.try_out()
         if owner_of(module) is None:
             module = convert(module, conversion)
         elif conversion_of(module) != dataclasses.replace(conversion, refused={}):
@@ -236,9 +238,14 @@ def _load_converted(
         raise
     except (DacnnError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its conversion cannot be done: {told(error)}") from None
     _check_fit(stored_once(module.state_dict()), tensors, path)
-    # a tensor of several names is in the file under the first
-    module.load_state_dict(tensors, strict=False)
+    try:
+        # a tensor of several names is in the file under the first
+        module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
     if network is None:
         return module.eval()
     network.module = module
@@ -248,6 +255,8 @@ def _load_converted(
 def _fresh(into: nn.Module | str, described: tuple[Input, tuple[str, ...]] | None) -> nn.Module:
     """A module of our own to load into."""
     if isinstance(into, nn.Module):
+        if any(parameter.is_meta for parameter in into.parameters()):
+            raise ValueError("the module is on the meta device, where there is nothing to load into: make it in memory")
         return copy.deepcopy(into.module if isinstance(into, Adapted) else into)
     if described is None:
         raise ValueError("was saved as a bare module, which does not say what it takes: load it from Python, into a module")

@@ -91,7 +91,7 @@ def zoo_table(rows: Iterable[Mapping[str, Any]], classes: int) -> RenderableType
 def plan_table(plan: Plan, counts: Counts) -> RenderableType:
     """A kernel a row: its shape and who reads it; and the counts of the network."""
     table = _table(plan.name, "kernel", "shape", right=("parameters", "readers"))
-    table.add_column("read by")
+    table.add_column("read by", overflow="fold")
     shapes = plan.kernels()
     for name, layers in plan.readers().items():
         kinds = sorted({layer.regulator.kind for layer in layers if layer.regulator})
@@ -109,7 +109,7 @@ def conversion_table(network: Adapted, counts: Counts) -> RenderableType:
     """A shared kernel a row: its shape and who reads it; what cannot share, and why; and the counts of the network."""
     conversion = network.conversion
     table = _table(type(network.module).__name__, "kernel", "shape", right=("parameters", "readers"))
-    table.add_column("read by")
+    table.add_column("read by", overflow="fold")
     behind = f" (+ {conversion.regulator})" if conversion.regulator else ""
     for name, readers in conversion.groups.items():
         assert network.owner is not None

@@ -39,26 +39,26 @@ class Adapted(Classifier):
         super().__init__(input, classes)
         self.module = module
         self.refused: Mapping[str, str] = {}
+        self.normalize.to(next((parameter.device for parameter in module.parameters()), "cpu"))
 
     @torch.no_grad()
     def try_out(self) -> Self:
         """Run the module once, on black images: lazy layers then have their shapes, and what cannot work is refused.
 
         Returns:
-            This network, on the module's device, every part in the mode that it was in.
+            This network, every part in the mode that it was in.
 
         Raises:
             ConfigError: The module has no parameters.
             ShapeError: It does not run on such images, or gives something else than a logit for every class.
         """
         kind, size = type(self.module).__name__, (self.input.channels, self.input.height, self.input.width)
-        device = next((parameter.device for parameter in self.module.parameters()), None)
-        if device is None:
+        if next(self.module.parameters(), None) is None:
             raise ConfigError(f"{kind} has no parameters: expected a network with layers that learn")
         modes = {part: part.training for part in self.module.modules()}
         self.module.eval()
         try:
-            self.logits(torch.zeros(2, *size, device=device))
+            self.logits(torch.zeros(2, *size, device=self.normalize.scale.device))
         except DacnnError:
             raise
         except Exception as error:
@@ -67,7 +67,6 @@ class Adapted(Classifier):
         finally:
             for part, mode in modes.items():
                 part.training = mode
-        self.normalize.to(device)
         return self
 
     @property
