@@ -6,6 +6,7 @@ while.
 
     python benchmarks/table.py cifar10-fast --data cifar10 --out runs/cifar10-fast
     python benchmarks/table.py cifar100-paper --data cifar100 --out runs/cifar100-paper --minutes 9
+    python benchmarks/table.py schemes --data digits --out runs/schemes --png schemes.png
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch
 
 import dacnn
 from dacnn.data.sources import load_test
+from dacnn.draw import Point, draw_tradeoff
 from dacnn.errors import Interrupted
 from dacnn.progress import TrainingProgress
 from dacnn.training.precision import best_device, cpu_name
@@ -47,7 +49,29 @@ class Table:
     rows: tuple[Row, ...]
 
 
+_SCHEMES: dict[str, dict[str, Any]] = {
+    "one kernel": {},
+    "one a stage": {"share": "stage"},
+    "2 templates": {"share": "template", "templates": 2},
+    "4 templates": {"share": "template", "templates": 4},
+    "repetition": {"share": "repeat"},
+    "repetition of half the width": {"share": "repeat", "base_width": 32},
+}
+
+
+def _schemes() -> tuple[Row, ...]:
+    """Every scheme with and without pointwise regulators, which stand behind shared kernels only; and the unshared rivals."""
+    rows = [Row("unshared", "dacnn14", seeds=5, settings={"share": "none"})]
+    # stores 35,812 parameters on images of one channel; a channel more would be more than one kernel's 39,754
+    rows.append(Row("unshared, as few bytes", "dacnn14", seeds=5, settings={"share": "none", "width": 18}))
+    for label, settings in _SCHEMES.items():
+        rows.append(Row(label, "dacnn14", seeds=5, settings=settings))
+        rows.append(Row(f"{label} + regulators", "dacnn14", seeds=5, settings=settings | {"regulator": "pointwise"}))
+    return tuple(rows)
+
+
 TABLES = {
+    "schemes": Table("digits", _schemes()),
     "cifar10-fast": Table(
         "fast",
         (
@@ -112,12 +136,14 @@ def run_row(row: Row, recipe: str, data: str, seed: int, out: Path, until: float
     return table
 
 
-def results(table: Table, data: str, out: Path, minutes: float, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def results(
+    table: Table, data: str, out: Path, minutes: float, seeds: int | None, settings: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     """Every run of a table, seed by seed, until the time is over."""
     until = time.monotonic() + 60 * minutes
     for seed in range(max(row.seeds for row in table.rows)):
         for row in table.rows:
-            if seed < row.seeds:
+            if seed < min(row.seeds, seeds or row.seeds):
                 try:
                     yield run_row(row, table.recipe, data, seed, out, until, settings)
                 except Interrupted as stop:
@@ -141,6 +167,16 @@ def markdown(table: Table, measured: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {row.label} | {statistics.mean(top1):.2f} %{spread} | {len(top1)} | {sizes} | {speed:,.0f} |"
 
 
+def points(table: Table, measured: list[dict[str, Any]]) -> list[Point]:
+    """Every row as a point of the picture."""
+    runs = {row.label: [result for result in measured if result["label"] == row.label] for row in table.rows}
+    return [
+        Point(label, found[0]["stored_bytes"], tuple(result["top1"] for result in found))
+        for label, found in runs.items()
+        if found
+    ]
+
+
 def main() -> None:
     """Run a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,11 +186,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, everything saved")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's, to try the script out")
     parser.add_argument("--width", type=int, help="instead of the recipe's, to try the script out")
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="only these rows")
+    parser.add_argument("--seeds", type=int, help="at most so many seeds a row")
+    parser.add_argument("--png", type=Path, help="draw accuracy against stored bytes into this file")
     parser.add_argument("--json", action="store_true", help="print the runs instead of a table")
     options = parser.parse_args()
     table = TABLES[options.table]
+    if options.only:
+        table = Table(table.recipe, tuple(row for row in table.rows if row.label in options.only))
     settings = {name: getattr(options, name) for name in ("epochs", "width") if getattr(options, name)}
-    measured = list(results(table, options.data, options.out, options.minutes, settings))
+    measured = list(results(table, options.data, options.out, options.minutes, options.seeds, settings))
+    if options.png:
+        draw_tradeoff(points(table, measured), options.png)
     if options.json:
         print(json.dumps(measured, indent=2))
         return

@@ -27,6 +27,42 @@ def test_a_table_that_was_cut_off_goes_on_and_repeats_nothing(tmp_path: Path) ->
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/resume.safetensors")} == states
 
 
+def test_the_table_of_schemes_is_drawn(tmp_path: Path) -> None:
+    words = ("--out", str(tmp_path), "--epochs", "1", "--width", "8", "--seeds", "1", "--png", str(tmp_path / "schemes.svg"))
+    measured = run("table.py", "schemes", "--data", "digits", *words, "--only", "one kernel", "2 templates + regulators")
+    assert [result["label"] for result in measured] == ["one kernel", "2 templates + regulators"]
+    assert (tmp_path / "schemes.svg").read_text().startswith("<?xml")
+
+
 def test_the_training_benchmark_compares_both_sides() -> None:
     table = run("training.py", "--width", "8", "--batch-size", "16", "--steps", "2", "--rounds", "1")
     assert table["speed_ratio"] > 0 and table["memory_ratio"] > 0 and table["input_share"] > 0
+
+
+def test_the_benchmark_of_activation_memory_compares_both_sides() -> None:
+    words = (
+        "--network",
+        "dacnn18",
+        "--depths",
+        "3",
+        "2",
+        "--width",
+        "8",
+        "--batch-size",
+        "16",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+    )
+    table = run("activation_memory.py", *words)
+    assert table["memory_ratio"] > 0 and table["time_ratio"] > 0
+    assert "segments of" in table["runs"]["dacnn"][0]["segments"]
+
+
+def test_the_conversion_benchmark_times_every_rule_with_every_start() -> None:
+    table = run("conversion.py", "--width", "4", "--side", "32", "--rounds", "1")["rows"]
+    built, *converted = table
+    assert {(row["rule"], row["start"]) for row in converted} >= {("all", "first"), ("stage", "mean"), ("isomorphic", "fit")}
+    assert all(row["seconds"] > 0 for row in table)
+    assert all(row["stored_parameters"] < built["stored_parameters"] for row in converted)

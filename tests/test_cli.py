@@ -52,7 +52,7 @@ def test_help_and_version_answer_without_loading_torch() -> None:
     assert "Train a network on images" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "models", "show"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "models", "show", "plan", "fold", "count", "audit"])
 def test_every_command_has_help_with_an_example_and_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -110,6 +110,23 @@ def test_show_tells_who_reads_which_kernel(run: Path, tmp_path: Path, capsys: py
     assert json.loads(output(f"show {run} --json", capsys))["plan"]["name"] == "dacnn3"
 
 
+def test_count_sets_a_network_beside_its_twin_and_its_rival(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "count dacnn14 --width 16 --batch-size 8 --precision float32 --optimizer adamw"
+    table = json.loads(output(f"{words} --measure --json", capsys))
+    assert table["training"]["batch_size"] == 8 and table["execution"]["precision"] == "float32"
+    network, twin, rival = table["columns"]
+    assert network["stored_parameters"] < network["used_parameters"] == twin["stored_parameters"]
+    assert rival["stored_parameters"] <= network["stored_parameters"] and rival["width"] < network["width"] == twin["width"]
+    for column in table["columns"]:
+        memory = column["training"]
+        assert memory["ratio"] == pytest.approx(1, abs=0.1)
+        assert memory["ratio"] == memory["peak_bytes"] / memory["measured_peak_bytes"]
+    text = output(words, capsys)
+    assert f"{network['macs']:,}" in text and f"width {rival['width']}" in text and "measured" not in text
+    columns = json.loads(output(f"count {run} --batch-size 4 --json", capsys))["columns"]
+    assert columns[0]["name"] == "dacnn3" and "ratio" not in columns[0]["training"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -124,6 +141,9 @@ def test_show_tells_who_reads_which_kernel(run: Path, tmp_path: Path, capsys: py
         ("show dacnn14 --png plan.bmp", "a picture ends in one of"),
         ("show dacnn14 --regulator low-rank", "has no rank: give one"),
         ("models --classes 0", "has no classes"),
+        ("count dacnn15", "unknown network 'dacnn15': did you mean"),
+        ("count dacnn14 --batch-size 0", "training.batch_size is 0"),
+        ("count dacnn18 --width 2 --depths 25 25 25 25", "it has no rival, make it wider"),
     ],
 )
 def test_bad_input_is_one_clear_line(

@@ -44,10 +44,15 @@ def values_of(item: Any) -> st.SearchStrategy[Any]:
     return st.booleans() if kind is bool else st.text()
 
 
+def agrees(values: dict[str, Any]) -> bool:
+    """Whether no two values exclude each other."""
+    return values.get("compile") != "yes" or values.get("recompute") not in ("activations", "segments")
+
+
 def configs() -> st.SearchStrategy[Config]:
     def table(kind: Any) -> st.SearchStrategy[Any]:
         optional = {item.name: values_of(item) for item in dataclasses.fields(kind)}
-        return st.fixed_dictionaries({}, optional=optional).map(lambda values: kind(**values))
+        return st.fixed_dictionaries({}, optional=optional).filter(agrees).map(lambda values: kind(**values))
 
     return st.builds(Config, **{name: table(kind) for name, kind in TABLES.items()})
 

@@ -9,13 +9,17 @@ if TYPE_CHECKING:
     from dacnn.checkpoint import load, save
     from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
     from dacnn.errors import DacnnError
+    from dacnn.measure.audit import audit
     from dacnn.measure.count import count
+    from dacnn.measure.memory import measure_training_memory, predict_training_memory
     from dacnn.networks.fold import alike, fold
     from dacnn.networks.network import Network, create
     from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
+    from dacnn.networks.rival import rival
     from dacnn.prediction import predict
     from dacnn.sharing.anchors import Combine, Repeat
-    from dacnn.sharing.convert import Conversion, anchor
+    from dacnn.sharing.conversion import Conversion
+    from dacnn.sharing.convert import anchor
     from dacnn.training.evaluate import evaluate
     from dacnn.training.train import train
 
@@ -24,7 +28,7 @@ _HOMES = {
     "Block": "networks.plan",
     "Combine": "sharing.anchors",
     "Config": "config",
-    "Conversion": "sharing.convert",
+    "Conversion": "sharing.conversion",
     "DacnnError": "errors",
     "DataConfig": "config",
     "Input": "networks.plan",
@@ -38,13 +42,17 @@ _HOMES = {
     "TrainingConfig": "config",
     "alike": "networks.fold",
     "anchor": "sharing.convert",
+    "audit": "measure.audit",
     "count": "measure.count",
     "create": "networks.network",
     "evaluate": "training.evaluate",
     "fold": "networks.fold",
     "load": "checkpoint",
+    "measure_training_memory": "measure.memory",
     "predict": "prediction",
+    "predict_training_memory": "measure.memory",
     "read_config": "config",
+    "rival": "networks.rival",
     "save": "checkpoint",
     "train": "training.train",
 }
@@ -67,13 +75,17 @@ __all__ = [
     "TrainingConfig",
     "alike",
     "anchor",
+    "audit",
     "count",
     "create",
     "evaluate",
     "fold",
     "load",
+    "measure_training_memory",
     "predict",
+    "predict_training_memory",
     "read_config",
+    "rival",
     "save",
     "train",
 ]

@@ -26,7 +26,8 @@ from dacnn.networks.classifier import Classifier
 from dacnn.networks.factory import make_module
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Input, Plan, from_plain, to_plain
-from dacnn.sharing.convert import Conversion, conversion_of, convert
+from dacnn.sharing.conversion import Conversion
+from dacnn.sharing.convert import conversion_of, convert
 from dacnn.sharing.readers import owner_of
 
 # key of the one metadata entry; its value is one sorted JSON string, so that the same network writes the same bytes

@@ -24,6 +24,7 @@ RegulatorPlace = Literal["before-norm", "after-norm"]
 Fit = Literal["crop", "stretch", "pad"]
 Precision = Literal["auto", "float32", "bfloat16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
+Recompute = Literal["auto", "no", "activations", "segments"]
 
 
 def setting(default: Any, about: str, *, low: float | None = None, high: float | None = None) -> Any:
@@ -198,7 +199,19 @@ class TrainingConfig(Checked):
     memory_format: MemoryFormat = setting("auto", "auto, channels_last or contiguous")
     device: Literal["auto", "cpu"] = setting("auto", "auto: a GPU where there is one; cpu")
     compile: Literal["auto", "yes", "no"] = setting("auto", "torch.compile the step; auto: on a GPU")
+    recompute: Recompute = setting(
+        "auto", "made again for the gradient instead of kept: no, activations, segments (and activations); auto: by device"
+    )
     threads: int | None = setting(None, "CPU threads of one process (default: PyTorch's own choice)", low=1)
+
+    def __post_init__(self) -> None:
+        """Check the fields; what is made again and what is compiled exclude each other."""
+        super().__post_init__()
+        if self.recompute in ("activations", "segments") and self.compile == "yes":
+            raise ConfigError(
+                f"training.recompute is '{self.recompute}' and training.compile 'yes', but a compiler decides for itself what "
+                "to keep: leave one of them at 'auto'"
+            )
 
 
 _TABLES: dict[str, type[Checked]] = {"network": NetworkConfig, "data": DataConfig, "training": TrainingConfig}

@@ -1,5 +1,7 @@
 """Pictures: who reads which kernel, and what is taken for what."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,54 @@ def _save(figure: Figure, path: Path) -> None:
         raise ConfigError(f"{path}: a picture ends in one of {', '.join('.' + ending for ending in _FORMATS)}")
     with replacing(path) as beside:
         figure.savefig(beside, format=ending, dpi=150, bbox_inches="tight")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network in a picture of accuracy against size.
+
+    Attributes:
+        label: What it is.
+        stored_bytes: Its size.
+        top1: Share of the test images that it finds, one for each seed.
+    """
+
+    label: str
+    stored_bytes: int
+    top1: tuple[float, ...]
+
+
+def draw_tradeoff(points: Sequence[Point], path: Path) -> None:
+    """Draw accuracy against stored bytes: a dot the mean, a line from the worst seed to the best.
+
+    Args:
+        points: The networks.
+        path: The picture, `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        ConfigError: The ending is another one.
+        CheckpointError: The file cannot be written.
+    """
+    figure = Figure(figsize=(8.5, 4.8))
+    axes = figure.add_subplot()
+    palette = colormaps["tab20"]
+    for index, point in enumerate(sorted(points, key=lambda point: point.stored_bytes)):
+        mean, low, high = (100 * value for value in (sum(point.top1) / len(point.top1), min(point.top1), max(point.top1)))
+        axes.errorbar(
+            point.stored_bytes / 1000,
+            mean,
+            yerr=[[mean - low], [high - mean]],
+            fmt="o",
+            color=palette(index % 20),
+            capsize=3,
+            label=f"{point.label}: {point.stored_bytes / 1000:,.0f} kB, {mean:.2f} %",
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("stored bytes in float32, kB")
+    axes.set_ylabel("top-1 on the test images, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    _save(figure, path)
 
 
 def draw_plan(plan: Plan, path: Path) -> None:

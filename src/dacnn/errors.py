@@ -7,6 +7,7 @@
     ├── ShapeError              a tensor or an image of the wrong shape or type
     ├── DataError               a data set or an image file
     ├── CheckpointError         a file of weights or a run directory
+    ├── ArtefactError           an exported or saved model that cannot be examined
     └── TrainingError           a training that cannot go on
         ├── DivergenceError     the loss is no number any more
         └── Interrupted         somebody asked it to stop, and its state is saved
@@ -62,6 +63,10 @@ class DataError(DacnnError, ValueError):
 
 class CheckpointError(DacnnError, ValueError):
     """A file of weights or a run directory cannot be read, written or resumed."""
+
+
+class ArtefactError(DacnnError, ValueError):
+    """An exported or saved model cannot be read, or not be measured, as what it is said to be."""
 
 
 class TrainingError(DacnnError, RuntimeError):

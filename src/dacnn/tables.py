@@ -1,15 +1,20 @@
 """Results as a person reads them in a terminal."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from dacnn.config import TrainingConfig
+from dacnn.measure.audit import Audit, Kernel
 from dacnn.measure.count import Counts
+from dacnn.measure.memory_added import MemoryAdded
 from dacnn.measure.proposals import UNSHARED, Proposal
 from dacnn.networks.adapted import Adapted
 from dacnn.networks.factory import is_factory
@@ -18,12 +23,18 @@ from dacnn.networks.plan import Plan
 from dacnn.prediction import Prediction
 from dacnn.sharing.anchors import Combine, Repeat
 from dacnn.training.evaluate import Evaluation
+from dacnn.training.precision import Execution
 from dacnn.training.train import TrainResult
 
 
 def show(content: RenderableType) -> None:
     """Print on standard output, as wide as the terminal is."""
     Console().print(content, highlight=False)
+
+
+def show_json(content: object) -> None:
+    """Print one JSON value on standard output."""
+    print(json.dumps(content, indent=2, default=str, ensure_ascii=False))
 
 
 def _table(title: str, *left: str, right: Iterable[str] = ()) -> Table:
@@ -149,3 +160,64 @@ def fold_table(banks: Iterable[Bank], done: Fold, measured: Sequence[tuple[Evalu
     accuracy = f"top-1 {before.top1:.2%} before, {after.top1:.2%} after"
     sizes = f"{counts_before.stored_parameters:,} parameters stored before, {counts_after.stored_parameters:,} after"
     return Group(*parts, table, f"{accuracy} ({before.images:,} test images)   {sizes}")
+
+
+def audit_table(audit: Audit, memory: MemoryAdded | None) -> RenderableType:
+    """A kernel a row, then where the copies of each are, then what made them."""
+    headings = ("copies", "bytes", "wasted")
+    table = _table(escape(f"{audit.artefact} ({audit.format})"), "kernel", "shape", right=headings)
+    for kernel in audit.kernels:
+        shape = "x".join(map(str, kernel.copies[0].shape))
+        numbers = (str(len(kernel.copies)), f"{sum(copy.nbytes for copy in kernel.copies):,}", f"{kernel.wasted_bytes:,}")
+        table.add_row(Text(kernel.name), shape, *numbers)
+    parts: list[RenderableType] = [table, ""]
+    parts += [_copies_table(kernel) for kernel in audit.kernels if kernel.hazard]
+    parts += [Text(f"missing: the artefact does not hold the reference's kernel {name}") for name in audit.missing]
+    parts += [Text(f"{hazard.name}: {hazard.what} {hazard.remedy}") for hazard in audit.hazards]
+    if audit.single:
+        parts.append("Every kernel is stored once.")
+    elif audit.wasted_bytes:
+        parts.append(f"{audit.wasted_bytes:,} of {audit.kernel_bytes:,} bytes of kernels are copies.")
+    if memory is not None:
+        resident = f"{memory.resident_bytes:,} resident with mapped files"
+        parts.append(Text(f"memory added: {memory.anonymous_bytes:,} private anonymous bytes, {resident} ({memory.loaded})"))
+    return Group(*parts)
+
+
+def _copies_table(kernel: Kernel) -> RenderableType:
+    """Where the copies of one kernel are, and how each differs."""
+    table = _table(
+        "", f"copies of {kernel.name}" if not kernel.altered else f"not the reference's {kernel.name}", "where", "difference"
+    )
+    for copy in kernel.copies:
+        words = [word for word in copy.difference if word != copy.layout] + ([copy.layout] if copy.layout else [])
+        words = [word for word in words if word != "exact" or len(words) == 1]
+        table.add_row(Text(" = ".join(copy.names)), Text(copy.place), ", ".join(words))
+    return Group(table, "")
+
+
+def count_table(columns: Sequence[Mapping[str, Any]], training: TrainingConfig, execution: Execution) -> RenderableType:
+    """A network a column: what it stores and computes, what a training of it takes."""
+    table = _table(columns[0]["name"], "", right=[f"{column['role']}\nwidth {column['width']}" for column in columns])
+    rows = {
+        "stored parameters": "stored_parameters",
+        "used parameters": "used_parameters",
+        "bytes in float32": "stored_bytes",
+        "bytes in bfloat16": "bfloat16_bytes",
+        "bytes in int8": "int8_bytes",
+        "multiply-adds": "macs",
+        "activation bytes": "activation_peak_bytes",
+    }
+    for label, name in rows.items():
+        table.add_row(label, *(f"{column[name]:,}" for column in columns))
+    table.add_section()
+    memory = [column["training"] for column in columns]
+    parts = {"weights": "weight", "gradients": "gradient", "optimiser": "optimizer", "activations": "activation"}
+    for label, name in (parts | {"operators": "workspace", "peak": "peak", "measured": "measured_peak"}).items():
+        if f"{name}_bytes" in memory[0]:
+            table.add_row(f"{label}, MB", *(f"{column[f'{name}_bytes'] / 1e6:,.2f}" for column in memory))
+    if "ratio" in memory[0]:
+        table.add_row("peak / measured", *(f"{column['ratio']:.3f}" for column in memory))
+    step = f"batch {training.batch_size}, {training.optimizer}, {execution.precision}, {execution.memory_format}"
+    where = f"{execution.device}, {execution.threads} thread(s)"
+    return Group(table, f"activation bytes: one image, no gradients; MB: training at its worst moment, {step}, {where}")

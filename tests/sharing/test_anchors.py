@@ -139,6 +139,18 @@ def test_every_kernel_is_in_the_file_once_and_comes_back(scheme: str, tmp_path: 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_any_memory_format_leaves_what_is_stored_as_it_is(scheme: str) -> None:
+    network = network_of("dacnn14", scheme)
+    before = {name: (tensor.clone(), tensor.stride()) for name, tensor in network.anchors.state_dict().items()}
+    for part in (network, network.anchors):
+        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for name, tensor in network.anchors.state_dict().items():
+            assert torch.equal(tensor, before[name][0]) and tensor.stride() == before[name][1]
+    assert all(parameter.is_leaf and parameter.is_shared() for parameter in network.share_memory().parameters())
+    assert {tensor.dtype for tensor in network.double().anchors.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_copies_compiled_and_exported_networks_read_the_same(scheme: str) -> None:
     network = network_of("dacnn14", scheme).eval()
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

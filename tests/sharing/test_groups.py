@@ -30,6 +30,11 @@ def test_a_pattern_that_names_nothing_is_refused_with_the_layers_there_are() -> 
         match_groups(["stem", "a.conv0+c.*"], NAMES)
 
 
+def test_of_many_layers_a_message_names_the_first() -> None:
+    with pytest.raises(PlanError, match=r"expected some of layer0, .*, layer11, \.\.\. \(50 layers\)$"):
+        match_groups(["conv"], [f"layer{index}" for index in range(50)])
+
+
 def test_a_layer_in_two_groups_is_refused() -> None:
     with pytest.raises(PlanError, match=r"layer 'a\.conv1' is in group0 and in group1: leave it in one"):
         match_groups(["a.*", "*.conv1"], NAMES)

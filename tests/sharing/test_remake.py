@@ -9,6 +9,7 @@ from torch import nn
 
 import dacnn
 from dacnn.sharing.remake import halve_by_max, norm_relu, remaking
+from live_bytes import LiveBytes
 
 
 def gradients_of(network: nn.Module, images: torch.Tensor, *, remade: bool, dtype: torch.dtype) -> tuple[dict, dict, float]:
@@ -57,13 +58,28 @@ def test_without_gradients_or_in_evaluation_it_is_norm_and_relu() -> None:
 def test_the_next_layer_keeps_the_recipe_and_not_the_output() -> None:
     norm, convolution = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)
     x = torch.randn(4, 3, 5, 5, requires_grad=True)
-    with remaking():
-        y = convolution(norm_relu(norm, x))
-    (recipe,) = [following for following, _ in y.grad_fn.next_functions if hasattr(following, "recipe")]
-    assert recipe.recipe.made is None
-    y.sum().backward()
-    assert recipe.recipe.made is None, "what was made is forgotten again"
+    with LiveBytes(x, *norm.parameters(), *convolution.parameters()) as live:
+        with remaking():
+            y = convolution(norm_relu(norm, x))
+        statistics = 2 * 3 * 4
+        # the batch's counter and running statistics were there before
+        assert live.now <= y.nbytes + statistics + sum(buffer.nbytes for buffer in norm.buffers())
+        y.sum().backward()
     assert norm.num_batches_tracked == 1
+
+
+def test_an_output_that_is_changed_in_place_is_kept_as_it_then_is() -> None:
+    norm, convolution = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3)
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    gradients = []
+    for remade in (False, True):
+        with remaking(remade):
+            y = norm_relu(norm, x)
+            z = convolution(y.mul_(2) if remade else y * 2)
+        convolution.zero_grad()
+        z.square().sum().backward()
+        gradients.append(convolution.weight.grad)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

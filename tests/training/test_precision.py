@@ -33,6 +33,7 @@ def test_what_is_asked_for_is_kept() -> None:
         "threads": 1,
         "processes": 3,
         "compiled": True,
+        "recompute": "no",
     }
     assert execution.layout == torch.contiguous_format
 

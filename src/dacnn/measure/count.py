@@ -1,4 +1,4 @@
-"""What a network stores, what it uses, what it computes."""
+"""What a network stores, what it uses, what it computes, what it holds while it computes."""
 
 import copy
 import math
@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dacnn.checkpoint import stored_once
+from dacnn.measure.live import LiveTensors
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
@@ -20,14 +21,21 @@ class Counts:
     Attributes:
         stored_parameters: Parameters in memory and in a file: each kernel once.
         used_parameters: The same with each kernel counted for every layer that reads it.
-        stored_bytes: Bytes of parameters and buffers in float32.
+        stored_bytes: Bytes of parameters and buffers (the norms' running statistics and counters) in float32.
+        bfloat16_bytes: The same if every float among them took two bytes.
+        int8_bytes: The same if every float took one; scales, which integers need as well, are not counted.
         macs: Multiply-adds of convolutions and the linear layer for one image of the plan's input size.
+        activation_peak_bytes: Most bytes of tensors beside the weights, the image included, that live at a time while
+            PyTorch classifies one image in float32.
     """
 
     stored_parameters: int
     used_parameters: int
     stored_bytes: int
+    bfloat16_bytes: int
+    int8_bytes: int
     macs: int
+    activation_peak_bytes: int
 
     def to_table(self) -> dict[str, int]:
         """The fields as plain values."""
@@ -35,7 +43,7 @@ class Counts:
 
 
 def count(network: Classifier | Plan) -> Counts:
-    """Count what a network stores, uses and computes.
+    """Count what a network stores, uses, computes and holds.
 
     Args:
         network: A network, or the plan of one, which is not built for this. A foreign one is run once, on one image.
@@ -63,12 +71,25 @@ def count(network: Classifier | Plan) -> Counts:
         evaluated = sum(map(math.prod, twin.owner.kernel_shapes.values()))
         again = evaluated - sum(parameter.numel() for parameter in twin.owner.parameters())
     twin.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as operations, LiveTensors() as live, torch.no_grad():
+        live.label("weights", (*twin.parameters(), *twin.buffers()))
+        live.label("activations", [images])
         twin(images)
     return Counts(
         stored_parameters=stored,
         used_parameters=stored + again,
-        stored_bytes=sum(tensor.numel() * tensor.element_size() for tensor in stored_once(twin.state_dict()).values()),
+        stored_bytes=_stored_bytes(twin, torch.float32),
+        bfloat16_bytes=_stored_bytes(twin, torch.bfloat16),
+        int8_bytes=_stored_bytes(twin, torch.int8),
         # PyTorch counts a multiply-add as two operations
-        macs=counter.get_total_flops() // 2,
+        macs=operations.get_total_flops() // 2,
+        activation_peak_bytes=live.peak()["activations"],
+    )
+
+
+def _stored_bytes(network: Classifier, dtype: torch.dtype) -> int:
+    """Bytes of what the state dict holds, its floats stored as another type; counters keep theirs."""
+    return sum(
+        tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
+        for tensor in stored_once(network.state_dict()).values()
     )

@@ -1,5 +1,6 @@
 """What each way of sharing would save, and the least of it that fits a budget."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -12,7 +13,7 @@ import torch
 
 from dacnn.checkpoint import stored_once
 from dacnn.config import NetworkConfig
-from dacnn.errors import ConfigError
+from dacnn.errors import ConfigError, PlanError
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.factory import adapt, is_factory, make_module
 from dacnn.networks.network import Network
@@ -118,8 +119,8 @@ def propose_sharing(
         bytes_per_value: 4, 2 or 1.
 
     Returns:
-        A proposal for every way, the largest first; and the least sharing that fits the budget, which may be a part of the
-        groups of one of them, where one is given.
+        A proposal for every way that is possible, the largest first; and, where a budget is given, the least sharing that fits,
+        which may be a part of the groups of one of them.
 
     Raises:
         ConfigError: A setting does not fit, or not even the smallest proposal fits the budget.
@@ -127,11 +128,23 @@ def propose_sharing(
     named = {name: getattr(config, name) for name in SHARING if getattr(config, name) is not None}
     bare: dict[str, Any] = dict.fromkeys(SHARING)
     make = maker(dataclasses.replace(config, **bare), input, classes)
-    schemes = [named] if named else [way for way in _SCHEMES if way["share"] != "repeat" or not is_factory(config.name)]
-    ways = [UNSHARED, *(way for way in schemes if way != UNSHARED)]
-    found = [_measured(make, way, bytes_per_value) for way in ways]
+    found = [_measured(make, UNSHARED, bytes_per_value)]
+    if named:
+        found += [_measured(make, named, bytes_per_value)] if named != UNSHARED else []
+    else:
+        found += _possible(make, bytes_per_value, foreign=is_factory(config.name))
     chosen = _fitting(make, found, budget_bytes, bytes_per_value) if budget_bytes is not None else None
     return sorted(found, key=lambda proposal: -proposal.stored_bytes), chosen
+
+
+def _possible(make: Make, bytes_per_value: int, *, foreign: bool) -> Iterator[Proposal]:
+    """A proposal for every way to share that this network has."""
+    for way in _SCHEMES:
+        if foreign and way["share"] == "repeat":
+            continue
+        # a bank may have more templates than any group has layers
+        with contextlib.suppress(PlanError):
+            yield _measured(make, way, bytes_per_value)
 
 
 def _fitting(make: Make, found: Sequence[Proposal], budget_bytes: int, bytes_per_value: int) -> Proposal:

@@ -11,7 +11,8 @@ from dacnn.errors import ConfigError, DacnnError, ShapeError, told
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.plan import Input
 from dacnn.sharing.anchors import Anchors
-from dacnn.sharing.convert import Conversion, conversion_of
+from dacnn.sharing.conversion import Conversion
+from dacnn.sharing.convert import conversion_of
 from dacnn.sharing.readers import owner_of
 
 # N images, C channels, H rows, W columns, K classes

@@ -18,7 +18,8 @@ from dacnn.config import NetworkConfig
 from dacnn.errors import ConfigError, DacnnError, told
 from dacnn.networks.adapted import Adapted
 from dacnn.networks.plan import Input
-from dacnn.sharing.convert import Rule, anchor
+from dacnn.sharing.convert import anchor
+from dacnn.sharing.rules import Rule
 
 # what of a network of the zoo a foreign module has no use for
 _ZOO_ONLY = ("width", "depths", "base_width", "regulator_place")

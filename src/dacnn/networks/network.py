@@ -1,7 +1,8 @@
 """A Plan -> nn.Module. Chain and residual networks, shared and unshared, are one class: the plan tells them apart."""
 
 from collections.abc import Callable, Iterator
-from typing import Self
+from functools import partial
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from dacnn.sharing.anchors import Anchors
 from dacnn.sharing.layers import Reader
 from dacnn.sharing.regulators import make_regulator
 from dacnn.sharing.remake import halve_by_max
+from dacnn.sharing.segments import made_again
 
 # N images, C channels, H rows, W columns, K classes
 
@@ -83,7 +85,12 @@ class Network(Classifier):
     Attributes:
         plan: What the network was built from.
         anchors: The kernels, each stored once.
+        segments: In training, this many blocks in a row run again for the gradient instead of being kept, and this many
+            behind them, and so on; the stem goes with the first. Blocks behind the last segment are kept; so is all where
+            there are no segments.
     """
+
+    segments: tuple[int, ...]
 
     def __init__(self, plan: Plan, generator: torch.Generator | None = None) -> None:
         """Build a plan.
@@ -98,6 +105,7 @@ class Network(Classifier):
         self.stem = _reader(plan.stem)
         self.stages = nn.ModuleList([nn.ModuleList([PlannedBlock(block) for block in stage.blocks]) for stage in plan.stages])
         self.classifier = nn.Linear(plan.features, len(plan.classes))
+        self.segments = ()
         self.reset_parameters(generator)
 
     @property
@@ -127,6 +135,28 @@ class Network(Classifier):
         # takes it, and a convolution follows the format of its input anyway.
         super()._apply(lambda tensor: _plain(fn(tensor)), recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _blocks(self) -> list[nn.Module]:
+        """The blocks of all stages in a row."""
+        return [block for blocks in self.stages for block in cast(nn.ModuleList, blocks)]
+
+    def _run(self, begin: int, end: int | None, x: Tensor) -> Tensor:
+        """Run some of the blocks; with the first goes the stem, with each the poolings behind it."""
+        # how often the image is halved behind the stem and behind every block
+        halvings = [0]
+        for stage in self.plan.stages:
+            halvings += [0] * len(stage.blocks)
+            halvings[-1] += stage.pool
+        if begin == 0:
+            x = self.stem(x, self.anchors.read(self.plan.stem.name), relu=True)
+            for _ in range(halvings[0]):
+                x = halve_by_max(x)
+        for block, times in zip(self._blocks()[begin:end], halvings[1:][begin:end], strict=True):
+            # pooling is left to the block, which knows what it has to keep for it
+            x = block(x, self.anchors, halve=times > 0)
+            for _ in range(times - 1):
+                x = halve_by_max(x)
+        return x
 
     def named_readers(self) -> Iterator[tuple[str, Reader]]:
         """The readers, by the names that their layers have in the plan."""
@@ -162,14 +192,13 @@ class Network(Classifier):
         Returns:
             Shape (N, K).
         """
-        x = self.stem(x, self.anchors.read(self.plan.stem.name), relu=True)
-        for stage, blocks in zip(self.plan.stages, self.stages, strict=True):
-            assert isinstance(blocks, nn.ModuleList)
-            for index, block in enumerate(blocks, start=1):
-                # pooling is left to the last block, which knows what it has to keep for it
-                x = block(x, self.anchors, halve=stage.pool and index == len(blocks))
-            if stage.pool and not blocks:
-                x = halve_by_max(x)
+        begin = 0
+        for length in self.segments:
+            assert length > 0, f"a segment of {length} blocks"
+            modules = [*([] if begin else [self.stem]), *self._blocks()[begin : begin + length]]
+            x = made_again(partial(self._run, begin, begin + length), x, modules)
+            begin += length
+        x = self._run(begin, None, x)
         y: Tensor = self.classifier(x.mean(dim=(2, 3)))
         return y
 

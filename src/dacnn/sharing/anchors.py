@@ -8,13 +8,15 @@ that belong to one reader alone are stored under its name.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from dacnn.errors import PlanError
+from dacnn.sharing.remake import evaluated
 
 # O output channels, I input channels, ... rows and columns (none for a matrix), T templates, R x S tiles
 
@@ -200,9 +202,15 @@ class Anchors(nn.Module):
         elif tuple(stored.shape) != shape:
             raise PlanError(f"'{reader}' needs '{name}' to be {shape}, but it is {tuple(stored.shape)} for other readers")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # as a row of numbers: memory formats are of images' kernels, and a bank has a dimension more than they know
+        super()._apply(lambda tensor: fn(tensor.flatten()).view(tensor.shape), recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def __getitem__(self, name: str) -> Tensor:
         """A stored tensor."""
-        return self.get_parameter(name)
+        # not `get_parameter`: `torch.func.functional_call` puts tensors that are no parameters in their place
+        return cast(Tensor, getattr(self, name))
 
     def __iter__(self) -> Iterator[str]:
         """Names of the stored tensors."""
@@ -220,7 +228,7 @@ class Anchors(nn.Module):
         return readers
 
     def read(self, reader: str) -> Tensor:
-        """The kernel of a reader, evaluated now and kept nowhere.
+        """The kernel of a reader, evaluated now and kept nowhere; under autocast an evaluated one is of autocast's type.
 
         Args:
             reader: Its name.
@@ -229,7 +237,10 @@ class Anchors(nn.Module):
             Shape (O, I, ...).
         """
         expression = self.expressions[reader]
-        return expression.evaluate(self[expression.anchor], *self.own_tensors(reader).values())
+        stored = self[expression.anchor]
+        if isinstance(expression, Stored):
+            return stored
+        return evaluated(expression.evaluate, stored, *self.own_tensors(reader).values())
 
     def own_tensors(self, reader: str) -> dict[str, Tensor]:
         """What a reader stores for itself, by name."""

@@ -5,6 +5,9 @@ from fnmatch import fnmatchcase
 
 from dacnn.errors import PlanError
 
+# of how many layers a message gives the names: an error is a line
+_SHOWN = 12
+
 
 def match_groups(groups: Iterable[str | Sequence[str]], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Find the layers that every group names.
@@ -27,7 +30,8 @@ def match_groups(groups: Iterable[str | Sequence[str]], names: Sequence[str]) ->
             raise PlanError(f"group {index} is {group!r}: expected names of layers or patterns such as 'stage1.*'")
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise PlanError(f"group {index} names '{pattern}', which is no layer: expected some of {', '.join(names)}")
+                known = ", ".join(names[:_SHOWN]) + (f", ... ({len(names)} layers)" if len(names) > _SHOWN else "")
+                raise PlanError(f"group {index} names '{pattern}', which is no layer: expected some of {known}")
         found[f"group{index}"] = tuple(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
         for name in found[f"group{index}"]:
             if name in owner:

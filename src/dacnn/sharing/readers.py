@@ -1,36 +1,53 @@
 """Foreign layers that read their kernel: a subclass of the layer's own class whose `weight` belongs to somebody else."""
 
-from typing import Any
+import math
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from dacnn.errors import PlanError
 from dacnn.sharing.anchors import Anchors
-from dacnn.sharing.regulators import make_regulator
+from dacnn.sharing.regulators import LowRank, make_regulator
 from dacnn.sharing.survey import Layer
+
+# N images, C channels, H rows, W columns
 
 
 class ForeignReader(nn.Module):
     """What every reader of a foreign module has in common; mixed in before the layer's own class."""
 
     _anchors: Anchors
-    _name: str
+    _reader_name: str
     regulator: nn.Module | None
 
     @property
     def weight(self) -> Tensor:
         """The kernel, read from its owner."""
-        return self._anchors.read(self._name)
+        return self._anchors.read(self._reader_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer's own class does, and the regulator behind it."""
         y = super().forward(*args, **kwargs)
-        return y if self.regulator is None else self.regulator(y)
+        return y if self.regulator is None else _regulated(self, self.regulator, y)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made when it is needed: a pickle can only name the class that it was made from
-        return _empty_reader, (type(self).__bases__[1],), self.__dict__
+        return _empty_reader, (type(self).__bases__[1],), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+def _regulated(layer: nn.Module, regulator: nn.Module, y: Tensor) -> Tensor:
+    """What a regulator, which takes images of N x C x H x W, makes of what a layer gives, of any shape."""
+    if isinstance(layer, nn.Linear):
+        # images of one row whose channels come last in memory: nothing is copied
+        *rows, columns = y.shape[:-1] if y.ndim > 2 else (*y.shape[:-1], 1)
+        pixels = y.reshape(math.prod(rows), 1, columns, y.shape[-1]).permute(0, 3, 1, 2)
+        regulated: Tensor = regulator(pixels).permute(0, 2, 3, 1)
+        return regulated.reshape(y.shape)
+    batched = y.ndim == len(cast(_ConvNd, layer).kernel_size) + 2
+    # one dimension gets a second, of three the last two become one
+    images = (y if batched else y[None]).unsqueeze(-1).flatten(3)
+    return cast(Tensor, regulator(images)).reshape(y.shape)
 
 
 _classes: dict[type[nn.Module], type[ForeignReader]] = {}
@@ -56,55 +73,22 @@ def _empty_reader(base: type[nn.Module]) -> ForeignReader:
     return kind.__new__(kind)
 
 
-class Behind(nn.Module):
-    """A regulator behind any layer: the images of N x C x H x W that it takes are made of what the layer gives."""
-
-    def __init__(self, regulator: nn.Module, last: bool) -> None:
-        """Wrap a regulator; `last`: channels are the last dimension, as behind a linear layer."""
-        super().__init__()
-        self.inner = regulator
-        self.last = last
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Regulate what a layer gives.
-
-        Args:
-            y: Shape (..., C) or (N, C, ...).
-
-        Returns:
-            The same shape.
-        """
-        if self.last:
-            regulated: Tensor = self.inner(y.reshape(-1, y.shape[-1], 1, 1))
-            return regulated.reshape(y.shape)
-        regulated = self.inner(y.reshape(*y.shape[:2], -1, 1))
-        return regulated.reshape(y.shape)
-
-
-def regulator_behind(layer: Layer, kind: str, rank: int | None) -> nn.Module:
+def regulator_behind(layer: Layer, kind: str, rank: int | None, generator: torch.Generator | None = None) -> nn.Module:
     """Make the regulator of a foreign layer.
 
     Args:
         layer: The layer.
         kind: Name of the regulator.
         rank: Rank of a low-rank one.
+        generator: Source of its start; None is PyTorch's global one.
 
     Returns:
-        From what the layer gives to the same shape; on the layer's device and of its type.
-
-    Raises:
-        PlanError: This kind cannot stand behind such a layer.
+        The regulator, on the layer's device, of its type and in its mode.
     """
-    channels = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
-    images = isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
-    if kind == "depthwise" and not images:
-        raise PlanError(
-            f"a depthwise regulator stands behind 2-d convolutions, not behind {type(layer).__name__}: use pointwise"
-        )
-    regulator = make_regulator(kind, channels, rank)
-    if not images:
-        regulator = Behind(regulator, last=isinstance(layer, nn.Linear))
-    return regulator.to(device=layer.weight.device, dtype=layer.weight.dtype)
+    regulator = make_regulator(kind, layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features, rank)
+    if isinstance(regulator, LowRank):
+        nn.init.kaiming_uniform_(regulator.down.weight, a=5**0.5, generator=generator)
+    return regulator.to(device=layer.weight.device, dtype=layer.weight.dtype).train(layer.training)
 
 
 def become_reader(layer: Layer, anchors: Anchors, name: str, regulator: nn.Module | None) -> None:
@@ -120,7 +104,7 @@ def become_reader(layer: Layer, anchors: Anchors, name: str, regulator: nn.Modul
     layer.__class__ = reader_class(type(layer))  # type: ignore[assignment]
     # past nn.Module's own setattr, which would make the owner a part of every reader
     layer.__dict__["_anchors"] = anchors
-    layer.__dict__["_name"] = name
+    layer.__dict__["_reader_name"] = name
     layer.regulator = regulator  # type: ignore[assignment]
 
 

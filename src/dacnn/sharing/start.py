@@ -13,7 +13,6 @@ from dacnn.errors import PlanError
 
 # a channel that hardly resembles the shared one keeps this share of its size, so that a norm can still bring it back
 _SMALLEST_GAIN = 0.01
-_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,8 @@ class StartValue:
 
     Attributes:
         kernel: Shape (O, I, ...), or a bank of shape (T, O, I, ...).
-        gains: Factor by which each layer's output channel exceeds the shared one's, shape (L, O), where it is a norm that
-            takes it up, else 1.
+        gains: Factor by which each layer's output channel exceeds the shared one's, shape (L, O), float64, where there is a
+            norm that takes it up, else 1.
         coefficients: Of each layer, shape (L, T), for a bank.
     """
 
@@ -43,29 +42,53 @@ def start_value(kernels: Sequence[Tensor], start: Start, rescaled: Sequence[bool
     Returns:
         The value.
     """
-    stack = torch.stack([kernel.detach() for kernel in kernels])
-    gains = torch.ones(stack.shape[:2], dtype=stack.dtype, device=stack.device)
+    first = kernels[0].detach()
+    ones = torch.ones(len(kernels), first.shape[0], dtype=torch.float64, device=first.device)
     if start == "first":
-        return StartValue(stack[0].clone(), gains)
+        return StartValue(first.clone(memory_format=torch.contiguous_format), ones)
     if start == "mean" or not any(rescaled):
-        return StartValue(stack.mean(0), gains)
-    rows = stack.flatten(2).double()
-    free = torch.tensor(rescaled, device=stack.device)
-    filters, gains = _rank_one(rows) if bool(free.all()) else _rank_one_where_free(rows, free)
-    return StartValue(filters.to(stack.dtype).view(stack.shape[1:]), gains.to(stack.dtype))
+        return StartValue(torch.stack([kernel.detach() for kernel in kernels]).mean(0).contiguous(), ones)
+    filters, gains = _rank_one(torch.stack([kernel.detach().flatten(1).double() for kernel in kernels], dim=1), rescaled)
+    return StartValue(filters.to(first.dtype).view(first.shape), gains.T)
 
 
-def _rank_one(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _rank_one(rows: Tensor, rescaled: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """The filters and gains of least squared error, channel by channel.
 
+    A filter is a length times a direction. Where N layers must have gain 1, their mean m fixes the length to m's share of
+    the direction, and what remains to be found is the direction that the other rows and sqrt(N) m agree on best.
+
     Args:
-        rows: Shape (L, O, X).
+        rows: Shape (O, L, X).
+        rescaled: For every layer, whether its gains are free.
 
     Returns:
-        Filters of shape (O, X), as large as the layers' on average, and gains of shape (L, O).
+        Filters of shape (O, X), as large as the layers' on average where all gains are free, and gains of shape (O, L).
     """
-    u, filters = _singular(rows.transpose(0, 1), 1)
-    return _balanced(filters[:, 0], u[..., 0].T)
+    # numbers, not a mask: the meta device cannot count one
+    free, pinned = ([layer for layer, is_free in enumerate(rescaled) if is_free == wanted] for wanted in (True, False))
+    if pinned:
+        rows = torch.cat([rows[:, free], rows[:, pinned].mean(1, keepdim=True) * len(pinned) ** 0.5], dim=1)
+    left, best = _singular(rows, 1)
+    sizes = best[:, 0].norm(dim=1, keepdim=True)
+    # how much of the direction each row has
+    shares = left[..., 0] * sizes
+    if pinned:
+        shares, lengths = shares[:, :-1], shares[:, -1:] / len(pinned) ** 0.5
+        # where the pinned layers have next to nothing of the direction, they may make the others' gains large, not infinite
+        smallest = _SMALLEST_GAIN * shares.abs().amax(1, keepdim=True)
+        lengths = torch.where(lengths.abs() < smallest, _signs(lengths) * smallest, lengths)
+    else:
+        lengths = _signs(shares.sum(1, keepdim=True)) * shares.square().mean(1, keepdim=True).sqrt()
+    fitted = torch.where(lengths == 0, 1.0, shares / torch.where(lengths == 0, 1.0, lengths))
+    gains = torch.ones(len(rows), len(rescaled), dtype=rows.dtype, device=rows.device)
+    gains[:, free] = _signs(fitted) * fitted.abs().clamp_min(_SMALLEST_GAIN)
+    return best[:, 0] * (lengths / torch.where(sizes == 0, 1.0, sizes)), gains
+
+
+def _signs(values: Tensor) -> Tensor:
+    """1 and -1; of zero, 1."""
+    return torch.where(values < 0, -1.0, 1.0).to(values.dtype)
 
 
 def _singular(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -83,29 +106,6 @@ def _singular(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return vectors, vectors.mT @ rows
 
 
-def _rank_one_where_free(rows: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-    """The same where only some layers may have gains, the others 1: filters and gains in turn, each by least squares."""
-    filters = rows[~free].mean(0)
-    gains = torch.ones(rows.shape[:2], dtype=rows.dtype, device=rows.device)
-    for _ in range(_ROUNDS):
-        fitted = (rows * filters).sum(2) / filters.square().sum(1).clamp_min(1e-30)
-        gains = torch.where(free[:, None], fitted, gains)
-        filters = (gains[..., None] * rows).sum(0) / gains.square().sum(0)[:, None].clamp_min(1e-30)
-    return filters, _away_from_zero(gains)
-
-
-def _balanced(filters: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    size = gains.square().mean(0).sqrt() * torch.where(gains.sum(0) < 0, -1.0, 1.0)
-    dead = size.abs() < 1e-30
-    size = torch.where(dead, 1.0, size)
-    gains = torch.where(dead, 1.0, gains / size)
-    return filters * torch.where(dead, 0.0, size)[:, None], _away_from_zero(gains)
-
-
-def _away_from_zero(gains: Tensor) -> Tensor:
-    return torch.where(gains < 0, -1.0, 1.0) * gains.abs().clamp_min(_SMALLEST_GAIN)
-
-
 def start_bank(kernels: Sequence[Tensor], templates: int) -> StartValue:
     """The bank and the coefficients of least squared error.
 
@@ -119,13 +119,13 @@ def start_bank(kernels: Sequence[Tensor], templates: int) -> StartValue:
     Raises:
         PlanError: There are more templates than kernels.
     """
-    stack = torch.stack([kernel.detach() for kernel in kernels])
+    stack = torch.stack([kernel.detach() for kernel in kernels]).contiguous()
     layers = len(stack)
     if templates > layers:
         raise PlanError(f"a bank of {templates} templates for {layers} layers: expected at most as many templates as layers")
     u, scaled = _singular(stack.flatten(1).double(), templates)
     coefficients, bank = u * layers**0.5, scaled / layers**0.5
-    gains = torch.ones(stack.shape[:2], dtype=stack.dtype, device=stack.device)
+    gains = torch.ones(stack.shape[:2], dtype=torch.float64, device=stack.device)
     return StartValue(bank.to(stack.dtype).view(templates, *stack.shape[1:]), gains, coefficients.to(stack.dtype))
 
 
@@ -139,8 +139,13 @@ def take_up(norm: nn.Module, gain: Tensor, bias: Tensor | None) -> None:
         bias: What the convolution adds, whose size stays, shape (O,).
     """
     assert isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.weight is not None
+    scale = gain.sign()
     if norm.running_mean is not None and norm.running_var is not None:
-        offset = bias if bias is not None else torch.zeros_like(norm.running_mean)
-        norm.running_mean.copy_(offset + (norm.running_mean - offset) / gain)
-        norm.running_var.copy_(((norm.running_var + norm.eps) / gain.square() - norm.eps).clamp_min(0))
-    norm.weight.mul_(gain.sign())
+        mean, variance = norm.running_mean.double(), norm.running_var.double()
+        offset = torch.zeros_like(mean) if bias is None else bias.double()
+        # a variance below 0 cannot be: what eps then keeps the statistics from taking up goes into the scale
+        taken = ((variance + norm.eps) / gain.square() - norm.eps).clamp_min(0)
+        scale = gain * ((taken + norm.eps) / (variance + norm.eps)).sqrt()
+        norm.running_mean.copy_(offset + (mean - offset) / gain)
+        norm.running_var.copy_(taken)
+    norm.weight.mul_(scale)

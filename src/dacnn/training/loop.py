@@ -21,11 +21,13 @@ from dacnn.data.batches import ahead, apply, draw
 from dacnn.data.imageset import MemoryImages
 from dacnn.data.sources import Splits
 from dacnn.errors import ConfigError, DivergenceError
+from dacnn.networks.network import Network
 from dacnn.networks.normalize import Normalize
 from dacnn.sharing.remake import remaking
 from dacnn.training.evaluate import Evaluation, evaluate
 from dacnn.training.precision import Execution
 from dacnn.training.recipe import make_optimizer, schedule, set_learning_rate
+from dacnn.training.recompute import Segments, choose_segments
 from dacnn.training.statistics import RunningStatistics
 
 # N images of a micro-batch, H rows, W columns, C channels
@@ -68,7 +70,8 @@ class Loop:
             execution: Precision and memory format.
 
         Raises:
-            ConfigError: A step takes more images than there are, or crops more than an image has.
+            ConfigError: A step takes more images than there are, or crops more than an image has, or segments are asked for
+                of a network without a plan.
         """
         self.network, self.splits, self.config = network, splits, config
         self.accelerator, self.execution = accelerator, execution
@@ -84,6 +87,7 @@ class Loop:
             raise ConfigError(
                 f"training.crop is {config.crop}: expected less than the side of the images, {splits.input.height} pixels"
             )
+        self.segments = self._choose_segments() if execution.recompute == "segments" else None
         network.to(self.device)
         # where they fit in memory they fit on a device; a step then waits for nothing
         self.train = splits.train.to(self.device) if isinstance(splits.train, MemoryImages) else splits.train
@@ -94,13 +98,23 @@ class Loop:
         self.model: nn.Module = torch.compile(model) if execution.compiled else model  # type: ignore[assignment]
         # the colour that becomes 0 when it is normalised
         self.fill = torch.tensor([round(255 * mean) for mean in splits.input.mean], dtype=torch.uint8)
-        # a GPU has its own fused kernels for norms, and a compiler decides for itself what to keep
-        self.remakes = self.device.type == "cpu" and not execution.compiled
         self.epoch = 0
         self.step = 0
         self.best_top1 = -1.0
         # sums over this process's images of the epoch so far: loss, hits
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def _choose_segments(self) -> Segments:
+        """Choose which blocks run again for the gradient, and tell the network."""
+        if not isinstance(self.network, Network):
+            raise ConfigError(
+                f"training.recompute is 'segments': they are chosen by a network's plan, and {type(self.network).__name__} has "
+                "none: use 'activations' or 'no'"
+            )
+        bytes_per_value = 2 if self.execution.precision == "bfloat16" else 4
+        segments = choose_segments(self.network.plan, self.config.batch_size, bytes_per_value)
+        self.network.segments = segments.lengths
+        return segments
 
     def prepare(self, images_nhwc: Tensor) -> Tensor:
         """Bring uint8 images to what the network takes, in the memory format of this training."""
@@ -168,7 +182,7 @@ class Loop:
         ):
             last = index == config.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.execution.autocast(), remaking(self.remakes):
+                with self.execution.autocast(), remaking(self.execution.recompute != "no"):
                     logits = self.model(self.prepare(x))
                 loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
                 self.accelerator.backward(loss / config.accumulate)

@@ -14,6 +14,10 @@ import torch
 from dacnn.config import TrainingConfig
 from dacnn.errors import TrainingError
 
+Recomputed = Literal["no", "activations", "segments"]
+# words for the log
+_MADE_AGAIN = {"no": "", "activations": ", activations made again", "segments": ", activations and segments made again"}
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -26,6 +30,8 @@ class Execution:
         threads: CPU threads of one process.
         processes: Processes that share the work.
         compiled: Whether the step goes through `torch.compile`.
+        recompute: What is made again for the gradient instead of being kept: nothing; what norms, ReLUs and poolings gave;
+            or that and whole segments of the network. It changes no bit.
     """
 
     device: str
@@ -34,6 +40,7 @@ class Execution:
     threads: int
     processes: int
     compiled: bool
+    recompute: Recomputed = "no"
 
     @property
     def layout(self) -> torch.memory_format:
@@ -49,7 +56,7 @@ class Execution:
         hardware = torch.cuda.get_device_name() if self.device == "cuda" else cpu_name()
         return (
             f"{hardware}: {self.precision}, {self.memory_format}, {self.processes} process(es) of {self.threads} thread(s)"
-            f"{', compiled' * self.compiled}"
+            f"{', compiled' * self.compiled}{_MADE_AGAIN[self.recompute]}"
         )
 
     def to_table(self) -> dict[str, Any]:
@@ -106,11 +113,17 @@ def choose(config: TrainingConfig, device: str, processes: int = 1) -> Execution
     fast = has_bfloat16_units(device)
     if config.precision == "bfloat16" and device == "cuda" and not fast:
         raise TrainingError("training.precision is 'bfloat16': this GPU has no units for it: use 'auto' or 'float32'")
+    # who asks for something to be made again has asked not to leave that to a compiler
+    automatic = device == "cuda" and config.recompute in ("auto", "no")
+    compiled = automatic if config.compile == "auto" else config.compile == "yes"
+    # a GPU has its own fused kernels for norms
+    recompute: Recomputed = "activations" if device == "cpu" and not compiled else "no"
     return Execution(
         device=device,
         precision=("bfloat16" if fast else "float32") if config.precision == "auto" else config.precision,
         memory_format="channels_last" if config.memory_format == "auto" else config.memory_format,
         threads=config.threads or torch.get_num_threads(),
         processes=processes,
-        compiled=device == "cuda" if config.compile == "auto" else config.compile == "yes",
+        compiled=compiled,
+        recompute=recompute if config.recompute == "auto" else config.recompute,
     )

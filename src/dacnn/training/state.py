@@ -73,6 +73,8 @@ def restore_state(loop: Loop, tensors: dict[str, Tensor], metadata: dict[str, An
             would differ.
     """
     now, then = loop.execution.to_table(), metadata["execution"]
+    # whatever is made again, its bits are those of what was kept
+    del now["recompute"]
     different = [f"{name} was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value]
     if metadata["torch"] != torch.__version__:
         different.append(f"PyTorch was {metadata['torch']}, is {torch.__version__}")

@@ -203,6 +203,8 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
     into = copy.deepcopy(network.module) if isinstance(network, Adapted) else None
     torch.manual_seed(config.training.seed)
     loop = Loop(network, splits, config.training, accelerator, execution)
+    if loop.segments:
+        listener.log(loop.segments.describe())
     if state:
         restore_state(loop, *state, run.state_path)
     records = run.records(loop.epoch)

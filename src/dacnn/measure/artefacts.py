@@ -1,0 +1,77 @@
+"""An artefact of any format -> what it stores."""
+
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dacnn.checkpoint import weights_path
+from dacnn.errors import ArtefactError
+from dacnn.measure.onnx_arrays import read_onnx
+from dacnn.measure.pt2 import is_pt2, read_pt2
+from dacnn.measure.stored import Artefact
+from dacnn.measure.tensors import read_module, read_pt, read_safetensors
+
+KNOWN = "a run directory, .safetensors, .pt, .pt2 or .onnx"
+
+
+def format_of(path: Path) -> str:
+    """Recognise a file by what it begins with, where that says nothing by its ending.
+
+    Args:
+        path: The file.
+
+    Returns:
+        `safetensors`, `pt`, `pt2` or `onnx`.
+
+    Raises:
+        ArtefactError: There is no such file, or it is something else.
+    """
+    if not path.is_file():
+        raise ArtefactError(f"{path}: no such file: expected {KNOWN}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not start:
+        raise ArtefactError(f"{path}: is empty: expected {KNOWN}")
+    if zipfile.is_zipfile(path):
+        return "pt2" if is_pt2(path) else "pt"
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        return "safetensors"
+    if path.suffix in {".onnx", ".pt2"}:
+        return path.suffix[1:]
+    # a pickle of protocol 2 or later, which torch.save wrote before it wrote zip files
+    if start[0] == 0x80 or path.suffix in {".pt", ".pth"}:
+        return "pt"
+    raise ArtefactError(f"{path}: is of no known format: expected {KNOWN}")
+
+
+def read_artefact(artefact: str | Path | nn.Module) -> Artefact:
+    """Read what an artefact stores.
+
+    Args:
+        artefact: A run directory, a file, or a live module.
+
+    Returns:
+        Its arrays of two and more dimensions.
+
+    Raises:
+        ArtefactError: It cannot be read.
+        CheckpointError: A directory holds no weights.
+    """
+    if isinstance(artefact, nn.Module):
+        writer = "fx" if isinstance(artefact, torch.fx.GraphModule) else ""
+        return Artefact(type(artefact).__name__, "module", writer, read_module(artefact))
+    path = weights_path(Path(artefact))
+    kind = format_of(path)
+    writer = ""
+    if kind == "onnx":
+        arrays, writer = read_onnx(path)
+    elif kind == "safetensors":
+        arrays, _ = read_safetensors(path)
+    else:
+        arrays = read_pt2(path) if kind == "pt2" else read_pt(path)
+    return Artefact(str(path), kind, writer, arrays)

@@ -1,0 +1,196 @@
+"""How many copies of each kernel an artefact holds, where they are, and what made them."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dacnn.measure.artefacts import read_artefact
+from dacnn.measure.copies import Difference, Group, group_copies
+from dacnn.measure.hazards import HAZARDS, Hazard, hazard_of
+from dacnn.measure.stored import Artefact, StoredArray, is_trivial
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One array that holds a kernel.
+
+    Attributes:
+        names: Every name of it; names of the same bytes are one copy.
+        place: What it is in the artefact: `tensor`, `parameter`, `initialiser`, `Constant node`, ...
+        shape: Its shape as stored.
+        dtype: Its type as stored.
+        nbytes: Bytes that it takes.
+        difference: How it differs from the kernel: `exact`, `scaled per output channel`, `transposed`, `blocked by 16`, ...
+        layout: The order in which it was recognised, where that is not the usual one.
+        readers: How many layers read it, where the artefact tells.
+    """
+
+    names: tuple[str, ...]
+    place: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    difference: tuple[str, ...]
+    layout: str
+    readers: int | None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel and every array that holds it.
+
+    Attributes:
+        name: Its name in the reference, or that of its first copy.
+        copies: The arrays; the first one is the one that would do.
+        hazard: What made it many, or wrong; None where it is single.
+        altered: Whether it is the reference's kernel scaled although several layers may read it, so that outputs are wrong.
+    """
+
+    name: str
+    copies: tuple[Copy, ...]
+    hazard: str | None
+    altered: bool
+
+    @property
+    def wasted_bytes(self) -> int:
+        """Bytes of all copies but the first."""
+        return sum(copy.nbytes for copy in self.copies[1:])
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an artefact stores.
+
+    Attributes:
+        artefact: Its path, or the class of a module.
+        format: `safetensors`, `pt`, `pt2`, `onnx` or `module`.
+        kernels: Every kernel, in the order of the artefact.
+        missing: Kernels of the reference that the artefact does not hold.
+    """
+
+    artefact: str
+    format: str
+    kernels: tuple[Kernel, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def single(self) -> bool:
+        """Whether each kernel is there once, and as the reference has it."""
+        return not self.missing and not any(len(kernel.copies) > 1 or kernel.altered for kernel in self.kernels)
+
+    @property
+    def wasted_bytes(self) -> int:
+        """Bytes of all copies but one of each kernel."""
+        return sum(kernel.wasted_bytes for kernel in self.kernels)
+
+    @property
+    def kernel_bytes(self) -> int:
+        """Bytes of all kernels with all their copies."""
+        return sum(copy.nbytes for kernel in self.kernels for copy in kernel.copies)
+
+    @property
+    def hazards(self) -> tuple[Hazard, ...]:
+        """What made the copies, each once."""
+        return tuple(HAZARDS[name] for name in dict.fromkeys(kernel.hazard for kernel in self.kernels) if name)
+
+    def to_table(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "artefact": self.artefact,
+            "format": self.format,
+            "single": self.single,
+            "kernel_bytes": self.kernel_bytes,
+            "wasted_bytes": self.wasted_bytes,
+            "kernels": [
+                {
+                    "name": kernel.name,
+                    "count": len(kernel.copies),
+                    "wasted_bytes": kernel.wasted_bytes,
+                    "altered": kernel.altered,
+                    "hazard": kernel.hazard,
+                    "copies": [asdict(copy) for copy in kernel.copies],
+                }
+                for kernel in self.kernels
+            ],
+            "missing": list(self.missing),
+            "hazards": [asdict(hazard) for hazard in self.hazards],
+        }
+
+
+def _copy(array: StoredArray, difference: Difference, layout: str) -> Copy:
+    shape = tuple(int(size) for size in array.values.shape)
+    return Copy(array.names, array.place, shape, array.dtype, array.nbytes, difference.words, layout, array.readers)
+
+
+def _kernel(artefact: Artefact, members: list[tuple[StoredArray, Difference]], reference: StoredArray | None) -> Kernel:
+    """A kernel from the arrays that hold it, the first one being the one that would do."""
+    layouts = [difference.kernel_layout for _, difference in members[1:]]
+    copies = [_copy(array, difference, difference.layout) for array, difference in members]
+    if reference is None:
+        # it differs from itself in nothing; its layout is the one in which the others were found to be like it
+        copies[0] = _copy(members[0][0], Difference(), next(filter(None, layouts), ""))
+    readers = {members[0][0].readers, reference.readers if reference else None}
+    scaled = any(word.startswith("scaled") for word in copies[0].difference)
+    altered = reference is not None and len(copies) == 1 and scaled and 1 not in readers
+    hazard = None
+    if altered:
+        hazard = HAZARDS["fused-in-turn"].name
+    elif len(copies) > 1:
+        words = {word for copy in copies for word in copy.difference}
+        hazard = hazard_of(artefact.format, artefact.writer, words).name
+    return Kernel(reference.name if reference else copies[0].names[0], tuple(copies), hazard, altered)
+
+
+def _kernels(
+    artefact: Artefact, references: tuple[StoredArray, ...], groups: Iterable[Group]
+) -> tuple[list[Kernel], list[str]]:
+    """The kernels that the artefact holds, and the names of those that only the reference has."""
+    arrays = (*references, *artefact.arrays)
+    kernels, missing = [], []
+    for group in groups:
+        reference = arrays[group.first] if group.first < len(references) else None
+        pairs = [(group.first, Difference()), *group.others]
+        members = [(arrays[index], difference) for index, difference in pairs if index >= len(references)]
+        if members:
+            kernels.append(_kernel(artefact, members, reference))
+        elif reference is not None and not is_trivial(reference.values):
+            missing.append(reference.name)
+    return kernels, missing
+
+
+def audit(artefact: str | Path | nn.Module, *, against: str | Path | nn.Module | None = None) -> Audit:
+    """Find every copy of every kernel that an artefact holds.
+
+    A copy is found although its channels were scaled, its axes transposed, its channels blocked by 8 or 16, or its numbers
+    rounded. An array with several names is one copy. Constants and identities are copies of nothing.
+
+    Args:
+        artefact: A run directory, a `.safetensors`, `.pt`, `.pt2` or `.onnx` file, or a live module. Nothing is unpickled
+            but tensors.
+        against: What the artefact was made from, in any of these forms. With it, a kernel that is there once but scaled is
+            reported as altered, unless one layer alone reads it, and a kernel that is not there as missing.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ArtefactError: The artefact or the reference cannot be read.
+        CheckpointError: A directory holds no weights.
+
+    Example:
+        >>> import copy, dacnn, torch
+        >>> network = dacnn.create("dacnn14", width=8)
+        >>> dacnn.audit(network).single
+        True
+        >>> twice = torch.nn.ModuleList([network, copy.deepcopy(network)])
+        >>> dacnn.audit(twice).wasted_bytes >= network.anchors["width8"].nbytes
+        True
+    """
+    examined = read_artefact(artefact)
+    references = read_artefact(against).arrays if against is not None else ()
+    groups = group_copies((*references, *examined.arrays), len(references))
+    kernels, missing = _kernels(examined, references, groups)
+    return Audit(examined.label, examined.format, tuple(kernels), tuple(missing))

@@ -1,0 +1,97 @@
+"""The memory that loading an artefact adds to a process, measured in a fresh one."""
+
+import gc
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dacnn.errors import ArtefactError
+
+_MAP = Path("/proc/self/smaps_rollup")
+
+# What a loader is: called with None it readies its runtime with something tiny; called with a path it loads that, runs it once
+# where it can, and returns what is to be kept while the memory is read, and in words what it did.
+Loader = Callable[[Path | None], tuple[object, str]]
+
+
+@dataclass(frozen=True)
+class MemoryAdded:
+    """Memory after minus before loading.
+
+    Attributes:
+        anonymous_bytes: Private memory that belongs to no file (`Anonymous` of /proc/self/smaps_rollup): nobody can share it,
+            and the system cannot drop and read it again.
+        resident_bytes: All memory in RAM (`Rss`), pages of mapped files included.
+        loaded: What was loaded, and whether it was run, in words.
+    """
+
+    anonymous_bytes: int
+    resident_bytes: int
+    loaded: str
+
+
+def read_memory_bytes() -> dict[str, int]:
+    """The sizes in this process's memory map, in bytes, by their names in /proc/self/smaps_rollup.
+
+    Raises:
+        ArtefactError: This is not Linux.
+    """
+    try:
+        lines = _MAP.read_text(encoding="ascii").splitlines()[1:]
+    except OSError:
+        raise ArtefactError(f"memory is measured on Linux only: {_MAP} is not here: audit without --memory") from None
+    fields = (line.split() for line in lines)
+    return {name.rstrip(":"): int(size) * 1024 for name, size, *_ in fields}
+
+
+def memory_added(loader: str, path: Path) -> MemoryAdded:
+    """Load an artefact in a fresh process and measure what that adds to it.
+
+    The process imports the loader's runtime and runs something tiny before the first reading, so that libraries, thread pools
+    and scratch memory that any model needs are not counted.
+
+    Args:
+        loader: `module:function` of a `Loader`, importable in a fresh process.
+        path: The artefact.
+
+    Returns:
+        The memory that was added, the artefact still being loaded.
+
+    Raises:
+        ArtefactError: This is not Linux, or the artefact cannot be loaded.
+    """
+    read_memory_bytes()
+    command = [sys.executable, "-W", "ignore", "-m", __name__, loader, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise ArtefactError(f"{path}: cannot be loaded to measure its memory: {reason}")
+    return MemoryAdded(**json.loads(lines[-1]))
+
+
+def _measure(loader: str, path: Path) -> None:
+    """What the fresh process does: print one JSON line."""
+    module, _, name = loader.partition(":")
+    load: Loader = getattr(importlib.import_module(module), name)
+    load(None)
+    gc.collect()
+    before = read_memory_bytes()
+    held, words = load(path)
+    gc.collect()
+    after = read_memory_bytes()
+    del held
+    table = {
+        "anonymous_bytes": after["Anonymous"] - before["Anonymous"],
+        "resident_bytes": after["Rss"] - before["Rss"],
+        "loaded": words,
+    }
+    print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    _measure(sys.argv[1], Path(sys.argv[2]))
