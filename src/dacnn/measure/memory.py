@@ -100,7 +100,8 @@ def predict_training_memory(
     device = torch.device(execution.device)
     with torch.device("meta"):
         hollow = Network(plan)
-    with FakeTensorMode(), live:
+    # the parameters begin without values and without a device, and are looked at once before they are put in their place
+    with FakeTensorMode(allow_non_fake_inputs=True), live:
         hollow._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         # it is where it shall be, and a fake parameter cannot be moved in its place
         hollow.to = lambda *_: hollow  # type: ignore[method-assign]
