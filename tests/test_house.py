@@ -86,6 +86,10 @@ ORDER = [
     "draw",
     "tables",
     "progress",
+    "flags",
+    "commands.runs",
+    "commands.networks",
+    "commands.artefacts",
     "cli",
     "__main__",
 ]

@@ -18,9 +18,12 @@ import safetensors
 import torch
 from safetensors.torch import save as to_safetensors_bytes
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from dacnn.errors import CheckpointError, DacnnError, PlanError
+from dacnn.errors import CheckpointError, ConfigError, DacnnError, PlanError, told
 from dacnn.networks.adapted import Adapted
+from dacnn.networks.classifier import Classifier
+from dacnn.networks.factory import make_module
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Input, Plan, from_plain, to_plain
 from dacnn.sharing.conversion import Conversion
@@ -80,9 +83,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: object) ->
         CheckpointError: The file cannot be written.
     """
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
-    content = to_safetensors_bytes(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {_METADATA_KEY: text}
-    )
+    # a copy of each: a view of another tensor's memory is refused
+    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    content = to_safetensors_bytes(copies, {_METADATA_KEY: text})
     with replacing(path) as beside:
         beside.write_bytes(content)
 
@@ -126,10 +129,19 @@ def stored_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         The names that hold something new.
+
+    Raises:
+        CheckpointError: Something is no tensor, or has no shape yet.
     """
     seen: set[tuple[object, ...]] = set()
     once: dict[str, Tensor] = {}
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(
+                f"'{name}' of the state is a {type(tensor).__name__}: a .safetensors file holds tensors alone"
+            )
+        if is_lazy(tensor):
+            raise CheckpointError(f"'{name}' is lazy and has no shape yet: run the module once")
         place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
         if place not in seen:
             once[name] = tensor
@@ -163,27 +175,30 @@ def save(network: nn.Module, path: str | Path) -> None:
 @overload
 def load(path: str | Path) -> Network: ...
 @overload
-def load(path: str | Path, into: nn.Module) -> nn.Module: ...
+def load(path: str | Path, into: str | None) -> Classifier: ...
 @overload
-def load(path: str | Path, into: nn.Module | None) -> nn.Module: ...
+def load(path: str | Path, into: nn.Module) -> nn.Module: ...
 
 
-def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
+def load(path: str | Path, into: nn.Module | str | None = None) -> nn.Module:
     """Read a network that `save` or a training wrote.
 
     Args:
         path: A `.safetensors` file, or a run directory, of which the best weights are taken, else the last.
-        into: For a file of a converted module: a fresh module like the one it was made from; left as it is.
+        into: For a file of a converted module: a fresh module like the one it was made from, which is left as it is, or the
+            FILE.py:factory that makes one.
 
     Returns:
         The network, in evaluation mode; one of this library on the CPU, a converted module where `into` is.
 
     Raises:
-        CheckpointError: There is no such file, or it holds something else.
-        PlanError: `into` is another module than the one that was converted.
+        CheckpointError: There is no such file, it holds something else, or `into` is another module.
+        ConfigError: The factory cannot be called.
     """
     path = weights_path(Path(path))
-    tensors, metadata = _read(path)
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: is of format {metadata.get('format')}, this version reads {_FORMAT}: use a newer dacnn")
     if "conversion" in metadata:
         return _load_converted(path, tensors, metadata, into)
     if into is not None:
@@ -201,65 +216,64 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     return network.eval()
 
 
-def described(path: str | Path) -> tuple[Input, tuple[str, ...]]:
-    """What the network in a file takes, and which classes it tells apart.
-
-    Args:
-        path: A `.safetensors` file or a run directory.
-
-    Returns:
-        The input and the names of the classes.
-
-    Raises:
-        CheckpointError: There is no such file, or it does not say.
-    """
-    path = weights_path(Path(path))
-    _, metadata = _read(path)
-    try:
-        if "plan" in metadata:
-            plan = Plan.from_json(json.dumps(metadata["plan"]))
-            return plan.input, plan.classes
-        return _input_and_classes(metadata)
-    except (DacnnError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _input_and_classes(metadata: Mapping[str, Any]) -> tuple[Input, tuple[str, ...]]:
-    if not {"input", "classes"} <= metadata.keys() or not isinstance(metadata["classes"], list):
-        raise ValueError("does not say what the network takes: it was saved as a bare module, so load it from Python")
-    input: Input = from_plain(Input, metadata["input"])
-    return input, tuple(map(str, metadata["classes"]))
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, metadata = load_tensors(path)
-    if metadata.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: is of format {metadata.get('format')}, this version reads {_FORMAT}: use a newer dacnn")
-    return tensors, metadata
-
-
-def _load_converted(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any], into: nn.Module | None) -> nn.Module:
+def _load_converted(
+    path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, Any], into: nn.Module | str | None
+) -> nn.Module:
     """A module with the kernels and the weights of the file."""
     if into is None:
         raise CheckpointError(
             f"{path}: holds the weights of a converted module, not its layers: give a fresh one, "
-            "dacnn.load(path, into=factory()), or --into FILE.py:factory"
+            "dacnn.load(path, into=factory()), or --into FILE.py:factory where a command takes it"
         )
     try:
-        conversion = Conversion.from_table(metadata["conversion"])
-        if owner_of(into) is None:
-            module = convert(into, conversion)
-        elif conversion_of(into) == dataclasses.replace(conversion, refused={}):
-            module = copy.deepcopy(into)
-        else:
+        conversion, described = Conversion.from_table(metadata["conversion"]), _described(metadata)
+        module = _fresh(into, described)
+        network = Adapted(module, *described) if described else None
+        if network and any(map(is_lazy, module.state_dict().values())):
+            network.try_out()
+        if owner_of(module) is None:
+            module = convert(module, conversion)
+        elif conversion_of(module) != dataclasses.replace(conversion, refused={}):
             raise PlanError("the module shares other kernels than the one in the file: give one that shares none")
-        network = Adapted(module, *_input_and_classes(metadata)) if "input" in metadata else module
+    except ConfigError:
+        raise
     except (DacnnError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its conversion cannot be done: {told(error)}") from None
     _check_fit(stored_once(module.state_dict()), tensors, path)
-    # a tensor of several names is in the file under the first
-    module.load_state_dict(tensors, strict=False)
+    try:
+        # a tensor of several names is in the file under the first
+        module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from None
+    if network is None:
+        return module.eval()
+    network.module = module
     return network.eval()
+
+
+def _fresh(into: nn.Module | str, described: tuple[Input, tuple[str, ...]] | None) -> nn.Module:
+    """A module of our own to load into."""
+    if isinstance(into, nn.Module):
+        if any(parameter.is_meta for parameter in into.parameters()):
+            raise ValueError("the module is on the meta device, where there is nothing to load into: make it in memory")
+        return copy.deepcopy(into.module if isinstance(into, Adapted) else into)
+    if described is None:
+        raise ValueError("was saved as a bare module, which does not say what it takes: load it from Python, into a module")
+    input, classes = described
+    return make_module(into, num_classes=len(classes), in_channels=input.channels)
+
+
+def _described(metadata: Mapping[str, Any]) -> tuple[Input, tuple[str, ...]] | None:
+    """What a converted network takes and which classes it tells apart; None: it was saved as a bare module."""
+    if "input" not in metadata:
+        return None
+    classes = metadata.get("classes")
+    if not isinstance(classes, list):
+        raise ValueError(f"its classes are {classes!r}: expected their names")
+    input: Input = from_plain(Input, metadata["input"])
+    return input, tuple(map(str, classes))
 
 
 def weights_path(path: Path) -> Path:

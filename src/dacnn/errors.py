@@ -16,7 +16,10 @@ A message says where, what it got, what it expected and what to do about it.
 """
 
 import difflib
+import sys
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class DacnnError(Exception):
@@ -76,3 +79,19 @@ class DivergenceError(TrainingError):
 
 class Interrupted(TrainingError):
     """Somebody asked the training to stop; its state is saved."""
+
+
+def told(error: BaseException) -> str:
+    """What code of the user's raised, in one line, and where in that code.
+
+    Args:
+        error: What was caught.
+
+    Returns:
+        Its type, the first line that it says, and the innermost file and line that is neither ours nor installed.
+    """
+    lines = str(error).splitlines()
+    said = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    installed = (sys.prefix, sys.base_prefix, str(Path(__file__).parent), "<")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(installed)]
+    return f"{said} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else said

@@ -1,5 +1,6 @@
 """Results as a person reads them in a terminal."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,13 +15,13 @@ from dacnn.config import TrainingConfig
 from dacnn.measure.audit import Audit, Kernel
 from dacnn.measure.count import Counts
 from dacnn.measure.memory_added import MemoryAdded
-from dacnn.measure.proposals import Proposal
+from dacnn.measure.proposals import UNSHARED, Proposal
 from dacnn.networks.adapted import Adapted
+from dacnn.networks.factory import is_factory
 from dacnn.networks.fold import Bank, Fold
 from dacnn.networks.plan import Plan
 from dacnn.prediction import Prediction
 from dacnn.sharing.anchors import Combine, Repeat
-from dacnn.sharing.conversion import Conversion
 from dacnn.training.evaluate import Evaluation
 from dacnn.training.precision import Execution
 from dacnn.training.train import TrainResult
@@ -29,6 +30,11 @@ from dacnn.training.train import TrainResult
 def show(content: RenderableType) -> None:
     """Print on standard output, as wide as the terminal is."""
     Console().print(content, highlight=False)
+
+
+def show_json(content: object) -> None:
+    """Print one JSON value on standard output."""
+    print(json.dumps(content, indent=2, default=str, ensure_ascii=False))
 
 
 def _table(title: str, *left: str, right: Iterable[str] = ()) -> Table:
@@ -49,8 +55,15 @@ def training_summary(result: TrainResult, counts: Counts) -> RenderableType:
         table.add_row("validation top-1", f"{result.best.validation_top1:.2%} (epoch {result.best.epoch})")
     table.add_row("parameters", f"{counts.stored_parameters:,} stored, {counts.used_parameters:,} used")
     table.add_row("weights", f"{result.weights} ({result.weights.stat().st_size:,} bytes)")
-    table.add_row("next", f"dacnn eval {result.run}")
+    table.add_row("next", _next_step(result))
     return table
+
+
+def _next_step(result: TrainResult) -> str:
+    name = result.config.network.name
+    if is_factory(name):
+        return f"dacnn eval {result.run} --into {name}"
+    return f"dacnn.load('{result.run}', into=module)" if isinstance(result.network, Adapted) else f"dacnn eval {result.run}"
 
 
 def evaluation_table(result: Evaluation, source: str, counts: Counts) -> RenderableType:
@@ -89,7 +102,7 @@ def zoo_table(rows: Iterable[Mapping[str, Any]], classes: int) -> RenderableType
 def plan_table(plan: Plan, counts: Counts) -> RenderableType:
     """A kernel a row: its shape and who reads it; and the counts of the network."""
     table = _table(plan.name, "kernel", "shape", right=("parameters", "readers"))
-    table.add_column("read by")
+    table.add_column("read by", overflow="fold")
     shapes = plan.kernels()
     for name, layers in plan.readers().items():
         kinds = sorted({layer.regulator.kind for layer in layers if layer.regulator})
@@ -103,10 +116,11 @@ def plan_table(plan: Plan, counts: Counts) -> RenderableType:
     return Group(table, f"{counts.stored_parameters:,} parameters stored, {used}, {work}")
 
 
-def conversion_table(network: Adapted, conversion: Conversion, counts: Counts) -> RenderableType:
+def conversion_table(network: Adapted, counts: Counts) -> RenderableType:
     """A shared kernel a row: its shape and who reads it; what cannot share, and why; and the counts of the network."""
+    conversion = network.conversion
     table = _table(type(network.module).__name__, "kernel", "shape", right=("parameters", "readers"))
-    table.add_column("read by")
+    table.add_column("read by", overflow="fold")
     behind = f" (+ {conversion.regulator})" if conversion.regulator else ""
     for name, readers in conversion.groups.items():
         assert network.owner is not None
@@ -121,11 +135,12 @@ def conversion_table(network: Adapted, conversion: Conversion, counts: Counts) -
 
 def proposal_table(name: str, proposals: Iterable[Proposal]) -> RenderableType:
     """A way of sharing a row."""
-    table = _table(name, "share", right=("kernels", "layers", "parameters", "bytes", "of unshared"))
     found = list(proposals)
+    unshared = next(proposal.stored_bytes for proposal in found if proposal.settings == UNSHARED)
+    table = _table(name, "share", right=("kernels", "layers", "parameters", "bytes", "of unshared"))
     for proposal in found:
         numbers = (proposal.kernels, proposal.readers, proposal.stored_parameters, proposal.stored_bytes)
-        share = f"{proposal.stored_bytes / found[0].stored_bytes:.1%}"
+        share = f"{proposal.stored_bytes / unshared:.1%}"
         table.add_row(proposal.flags, *(f"{number:,}" for number in numbers), share)
     return table
 

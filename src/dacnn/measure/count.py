@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dacnn.checkpoint import stored_once
 from dacnn.measure.live import LiveTensors
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.network import Network
@@ -90,5 +91,5 @@ def _stored_bytes(network: Classifier, dtype: torch.dtype) -> int:
     """Bytes of what the state dict holds, its floats stored as another type; counters keep theirs."""
     return sum(
         tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.itemsize)
-        for tensor in network.state_dict().values()
+        for tensor in stored_once(network.state_dict()).values()
     )

@@ -23,7 +23,10 @@ class Classifier(nn.Module):
         input: What it takes.
         classes: Names of the classes it tells apart.
         normalize: From uint8 images to what the first layer takes.
+        memory_format: Order in memory of what the layers are given of uint8 images.
     """
+
+    memory_format = torch.channels_last
 
     def __init__(self, input: Input, classes: tuple[str, ...]) -> None:
         """Make a network of no layers yet."""
@@ -50,7 +53,9 @@ class Classifier(nn.Module):
         Raises:
             ShapeError: The images have another shape.
         """
-        x = self.normalize(images) if images.dtype == torch.uint8 else images
+        x = images
+        if images.dtype == torch.uint8:
+            x = self.normalize(images).contiguous(memory_format=self.memory_format)
         self.check_images(images, x)
         return self.logits(x)
 

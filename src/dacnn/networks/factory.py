@@ -1,32 +1,39 @@
 """A user's own network, named on the command line as FILE.py:factory."""
 
+import contextlib
+import copy
 import importlib.util
 import inspect
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from dacnn.config import NetworkConfig
-from dacnn.errors import ConfigError, DacnnError
+from dacnn.errors import ConfigError, DacnnError, told
 from dacnn.networks.adapted import Adapted
 from dacnn.networks.plan import Input
 from dacnn.sharing.convert import anchor
-from dacnn.sharing.readers import owner_of
 from dacnn.sharing.rules import Rule
 
 # what of a network of the zoo a foreign module has no use for
 _ZOO_ONLY = ("width", "depths", "base_width", "regulator_place")
+# what says how kernels are shared
+_SHARING = ("share", "groups", "templates", "start", "regulator", "regulator_rank")
 # templates of a bank where none are named
 _TEMPLATES = 4
+# folders of the files that were run
+_homes: set[str] = set()
 
 
 def is_factory(name: str) -> bool:
     """Whether a network's name is a file and a function in it."""
-    return ".py:" in name
+    return re.search(r"\.py(:|$)", name) is not None
 
 
 def make_module(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
@@ -43,45 +50,77 @@ def make_module(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
     Raises:
         ConfigError: There is no such file or function, it fails, or gives no module.
     """
-    factory = _factory(name)
-    try:
-        takes = inspect.signature(factory).parameters
-    except (TypeError, ValueError):
-        takes = {}  # type: ignore[assignment]
-    arguments = {key: value for key, value in (("num_classes", num_classes), ("in_channels", in_channels)) if key in takes}
-    try:
-        module = factory(**arguments)
-    except DacnnError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{name}: the factory failed: {type(error).__name__}: {error}") from error
+    file, _, attribute = name.rpartition(":")
+    path = Path(file or name)
+    if not path.is_file():
+        raise ConfigError(f"{name}: no such file: expected FILE.py:factory, a Python file and a function in it")
+    with _at_home(path):
+        factory = _function(_run(path), attribute if file else "", path)
+        try:
+            module = factory(**_taken(factory, num_classes=num_classes, in_channels=in_channels))
+        except DacnnError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"{name}: the factory failed: {told(error)}") from error
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{name}: the factory gave a {type(module).__name__}: expected an nn.Module")
     return module
 
 
-def _factory(name: str) -> Callable[..., Any]:
-    file, _, attribute = name.rpartition(":")
-    path = Path(file)
-    if path.suffix != ".py" or not path.is_file() or not attribute:
-        raise ConfigError(f"{name}: no such file: expected FILE.py:factory, a Python file and a function in it")
+@contextlib.contextmanager
+def _at_home(path: Path) -> Iterator[None]:
+    """While a file's code runs it may import what stands beside it, and what it prints does not mix with results."""
+    folder = str(path.resolve().parent)
+    for sibling in Path(folder).glob("*.py"):
+        # what another file imported from beside it under the same name would be taken for this one's
+        file = getattr(sys.modules.get(sibling.stem), "__file__", None)
+        if file and str(Path(file).parent) in _homes - {folder}:
+            del sys.modules[sibling.stem]
+    _homes.add(folder)
+    sys.path.insert(0, folder)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _run(path: Path) -> ModuleType:
+    """Run a file."""
     spec = importlib.util.spec_from_file_location(f"dacnn_factory_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: is no Python file: expected FILE.py:factory")
     code = importlib.util.module_from_spec(spec)
-    # its classes look for the module that they are defined in, and it may import what stands beside it
+    # its classes look for the module that they are defined in
     sys.modules[spec.name] = code
-    sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(code)
-    except Exception as error:
-        raise ConfigError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
-    factory = getattr(code, attribute, None)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{path}: cannot be run: {told(error)}") from error
+    return code
+
+
+def _function(code: ModuleType, name: str, path: Path) -> Callable[..., Any]:
+    """A function of a file, or a class."""
+    factory = getattr(code, name, None)
+    if isinstance(factory, nn.Module):
+        raise ConfigError(f"{path}: '{name}' is a module: expected a function that makes one")
     if not callable(factory):
-        there = [key for key, value in vars(code).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"{path}: has no function '{attribute}': expected one of {', '.join(there) or 'its functions'}")
+        own = {key: value for key, value in vars(code).items() if getattr(value, "__module__", None) == code.__name__}
+        there = ", ".join(key for key, value in own.items() if callable(value) and not key.startswith("_"))
+        what = f"has no function '{name}'" if name else "names no function in the file"
+        raise ConfigError(f"{path}: {what}: expected {path}:FUNCTION, of {there or 'which it has none'}")
     return factory  # type: ignore[no-any-return]
+
+
+def _taken(factory: Callable[..., Any], **offered: int) -> dict[str, int]:
+    """The arguments that a factory takes."""
+    try:
+        takes = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: value for name, value in offered.items() if name in takes}
 
 
 def rule_of(config: NetworkConfig) -> tuple[Rule, int | None]:
@@ -96,22 +135,27 @@ def rule_of(config: NetworkConfig) -> tuple[Rule, int | None]:
     Raises:
         ConfigError: A setting is only for networks of the zoo, or two of them exclude each other.
     """
+    share = config.share or "none"
     for name in _ZOO_ONLY:
         if getattr(config, name) is not None:
             raise ConfigError(f"network.{name} is {getattr(config, name)}: it changes networks of the zoo, not '{config.name}'")
-    if config.share == "repeat":
+    if share == "repeat":
         raise ConfigError("network.share is 'repeat': only networks of the zoo can tile a kernel: use template, stage or all")
-    if config.templates is not None and config.share != "template":
-        raise ConfigError(
-            f"network.templates is {config.templates}, but network.share is '{config.share}': expected 'template'"
-        )
+    if config.templates is not None and share != "template":
+        raise ConfigError(f"network.templates is {config.templates}, but network.share is '{share}': expected 'template'")
+    if config.groups and share != "none":
+        raise ConfigError(f"network.groups is given, and network.share is '{share}': leave one of them out")
+    if config.regulator in (None, "none") and config.regulator_rank is not None:
+        raise ConfigError(f"network.regulator_rank is {config.regulator_rank}: it needs a network.regulator: name one")
+    for name in ("regulator", "start"):
+        value = getattr(config, name)
+        if value not in (None, "none") and not config.groups and share == "none":
+            raise ConfigError(f"network.{name} is '{value}', but nothing is shared: choose network.share or network.groups")
+    if config.start is not None and share == "template":
+        raise ConfigError(f"network.start is '{config.start}', but templates begin at the best fit: leave it out")
     if config.groups:
-        if config.share not in (None, "none"):
-            raise ConfigError(f"network.groups is given, and network.share is '{config.share}': leave one of them out")
         return [group.split("+") for group in config.groups], None
-    if config.share == "template":
-        return "all", config.templates or _TEMPLATES
-    return config.share or "none", None
+    return ("all", config.templates or _TEMPLATES) if share == "template" else (share, None)
 
 
 def adapt(config: NetworkConfig, input: Input, classes: tuple[str, ...], module: nn.Module | None = None) -> Adapted:
@@ -129,30 +173,35 @@ def adapt(config: NetworkConfig, input: Input, classes: tuple[str, ...], module:
     Raises:
         ConfigError: The factory cannot be called, or a setting does not fit.
         PlanError: The layers cannot share as they are told to.
-        ShapeError: The module does not give a logit for every class.
+        ShapeError: The module does not run on such images, or does not give a logit for every class.
     """
+    ours = make_module(config.name, num_classes=len(classes), in_channels=input.channels) if module is None else _copy(module)
+    network = Adapted(ours, input, classes)
+    if network.owner is not None:
+        for name in _SHARING:
+            if getattr(config, name) not in (None, "none"):
+                raise ConfigError(f"network.{name} is given, but the module shares by anchors already: leave it out")
+        return network.try_out()
     rule, templates = rule_of(config)
-    if module is None:
-        module = make_module(config.name, num_classes=len(classes), in_channels=input.channels)
-    if owner_of(module) is None:
-        device = next(iter([*module.parameters(), *module.buffers()]), torch.empty(0)).device
-        module, _ = anchor(
-            module,
-            rule,
-            regulator=None if config.regulator == "none" else config.regulator,
-            regulator_rank=config.regulator_rank,
-            templates=templates,
-            start=config.start or "first",
-            example=torch.zeros(2, input.channels, input.height, input.width, device=device),
-        )
-    elif rule != "none":
-        raise ConfigError(f"network.share is '{config.share}', but the module shares by anchors already: leave it out")
-    network = Adapted(module, input, classes)
-    training = network.training
-    with torch.no_grad():
-        network.eval()(
-            torch.zeros(
-                2, input.height, input.width, input.channels, dtype=torch.uint8, device=next(network.parameters()).device
-            )
-        )
-    return network.train(training)
+    network.try_out()
+    regulator = None if config.regulator == "none" else config.regulator
+    network.module, conversion = anchor(
+        ours,
+        rule,
+        regulator=regulator,
+        regulator_rank=config.regulator_rank,
+        templates=templates,
+        start=config.start or "first",
+        example=torch.zeros(2, input.channels, input.height, input.width, device=network.normalize.scale.device),
+    )
+    if regulator and not conversion.groups:
+        raise ConfigError(f"network.regulator is '{regulator}': no layers share a kernel for it to stand behind")
+    network.refused = conversion.refused
+    return network
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise ConfigError(f"{type(module).__name__} cannot be copied: {told(error)}") from error

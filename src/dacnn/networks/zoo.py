@@ -88,6 +88,10 @@ def design_of(config: NetworkConfig) -> Design:
     """
     if config.name not in DESIGNS:
         raise UnknownNameError("network", config.name, DESIGNS)
+    if config.start is not None:
+        raise ConfigError(
+            f"network.start is '{config.start}': kernels of the zoo are drawn, those of FILE.py:factory are not: leave it out"
+        )
     design = DESIGNS[config.name]
     depths = config.depths or design.depths
     # more stages than the design has go on at its last width

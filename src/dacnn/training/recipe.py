@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dacnn.config import Config, TrainingConfig, read_config
-from dacnn.errors import UnknownNameError
+from dacnn.errors import ConfigError, UnknownNameError
 from dacnn.networks.classifier import Classifier
 
 
@@ -80,8 +80,13 @@ def make_optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Op
 
     Returns:
         The optimiser, its learning rates at their peak.
+
+    Raises:
+        ConfigError: Nothing learns.
     """
     groups = parameter_groups(network, config)
+    if not groups:
+        raise ConfigError("nothing in the network learns: expected parameters whose requires_grad is True")
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.99))

@@ -9,6 +9,7 @@ RUN/resume.safetensors   where to go on
 RUN/tensorboard/         the metrics once more, for TensorBoard
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from dacnn.checkpoint import replacing, save
-from dacnn.config import Config, read_config
-from dacnn.errors import CheckpointError, PlanError
+from dacnn.config import Config, DataConfig, read_config
+from dacnn.errors import CheckpointError, ConfigError, PlanError
 from dacnn.networks.plan import Plan
 from dacnn.training.loop import EpochRecord, Loop
 from dacnn.training.state import read_state, save_state
@@ -167,3 +168,24 @@ class Run:
     def _write(self, name: str, text: str) -> None:
         with replacing(self.path / name) as beside:
             beside.write_text(text, encoding="utf-8")
+
+
+def data_of(run: Path, source: str | None, **changes: Any) -> DataConfig:
+    """The data set of a run, or another that is named.
+
+    Args:
+        run: A run directory, or a file in one.
+        source: The other one.
+        **changes: Fields of a `DataConfig` over those of the run.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ConfigError: None was named, and no config tells which it was.
+    """
+    recorded = (run if run.is_dir() else run.parent) / "config.toml"
+    if source is None and not recorded.is_file():
+        raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --data")
+    config = read_config(recorded).data if recorded.is_file() else DataConfig()
+    return dataclasses.replace(config, **({"source": source} | changes if source else changes))

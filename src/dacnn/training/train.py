@@ -1,5 +1,6 @@
 """From a recipe and images to a trained network in a run directory."""
 
+import copy
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from dacnn.checkpoint import load, weights_path
+from dacnn.checkpoint import load, stored_once, weights_path
 from dacnn.config import Config, NetworkConfig, TrainingConfig
 from dacnn.data.sources import Splits, load_data
 from dacnn.errors import CheckpointError, ConfigError, Interrupted, TrainingError
@@ -79,15 +80,25 @@ def configure(network: str | None = None, data: str | None = None, recipe: str |
         ConfigError: A value is out of range.
     """
     base = load_recipe(recipe or ("digits" if data in (None, "digits") else "fast"))
-    if network is not None and (is_factory(network) or network.startswith(_FROM_PYTHON)):
-        # what a recipe says of the network, it says of one of the zoo
+    if network is not None and _is_foreign(network) != _is_foreign(base.network.name):
+        # what a recipe says of a network of the zoo does not fit a foreign one, nor the other way round
         base = dataclasses.replace(base, network=NetworkConfig())
     config = base.merged(Config.sorted_into_tables({"name": network, "source": data, **overrides}))
-    if is_factory(config.network.name):
-        rule_of(config.network)
-    elif not config.network.name.startswith(_FROM_PYTHON):
-        design_of(config.network)
+    _check_network(config.network)
     return config
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a network's name is none of the zoo's."""
+    return is_factory(name) or name.startswith(_FROM_PYTHON)
+
+
+def _check_network(config: NetworkConfig) -> None:
+    """Refuse settings that do not fit the network."""
+    if is_factory(config.name):
+        rule_of(config)
+    elif not _is_foreign(config.name):
+        design_of(config)
 
 
 def train(
@@ -132,18 +143,19 @@ def train(
         print(result.best.validation_top1, result.weights)
     """
     plan = network if isinstance(network, Plan) else None
-    module = network if isinstance(network, nn.Module) else None
+    module = _module_of(network)
     name = f"{_FROM_PYTHON}{type(module).__name__}" if module is not None else None if plan else cast(str | None, network)
     chosen = {"name": name, "source": data, **overrides}
     if config is None:
         config = configure(name, data, recipe, **overrides)
-    elif recipe or any(value is not None for value in chosen.values()):
+    elif recipe or any(value is not None for key, value in chosen.items() if key != "name" or module is None):
         raise ConfigError("train got a config and settings beside it: change the config instead")
+    elif name is not None:
+        config = dataclasses.replace(config, network=dataclasses.replace(config.network, name=name))
     if resume and out is None:
         raise ConfigError("--resume: which run? name its directory with --out")
     # one process chooses the directory, and all are told which it is
-    stem = f"{config.network.name}-{Path(config.data.source).name}"
-    found = [Run(Path(out)) if out else Run.unused(stem)]
+    found = [Run(Path(out)) if out else Run.unused(_stem(config))]
     PartialState(cpu=config.training.device == "cpu")
     run: Run = broadcast_object_list(found)[0]
     if run.exists:
@@ -154,6 +166,22 @@ def train(
     return _train(config, plan, module, run, listener or Listener())
 
 
+def _module_of(network: object) -> nn.Module | None:
+    """A module that was handed over; what was trained before is taken out of its frame."""
+    if isinstance(network, Network):
+        raise ConfigError("a network of the zoo is trained anew from its plan: dacnn.train(network.plan)")
+    if network is not None and not isinstance(network, str | Plan | nn.Module):
+        raise ConfigError(f"train got a {type(network).__name__}: expected the name of a network, a plan or a module")
+    module = network.module if isinstance(network, Adapted) else network
+    return module if isinstance(module, nn.Module) else None
+
+
+def _stem(config: Config) -> str:
+    """The beginning of a new run directory's name."""
+    network = Path(config.network.name.removeprefix(_FROM_PYTHON)).name.replace(".py:", "-")
+    return f"{network}-{Path(config.data.source).name}"
+
+
 def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run, listener: Listener) -> TrainResult:
     accelerator = Accelerator(cpu=config.training.device == "cpu", log_with="tensorboard", project_dir=str(run.path))
     if accelerator.device.type not in ("cpu", "cuda"):
@@ -161,10 +189,18 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
     if not accelerator.is_main_process:
         listener = Listener()
     state = run.state()
-    execution = _execution(config.training, accelerator, state[1]["execution"] if state else {})
+    training = config.training
+    if plan is None and _is_foreign(config.network.name) and training.memory_format == "auto":
+        # what a foreign forward pass does to its activations, such as view(), may hold for this order alone
+        training = dataclasses.replace(training, memory_format="contiguous")
+    execution = _execution(training, accelerator, state[1]["execution"] if state else {})
     splits = load_data(config.data, progress=listener.loading)
     listener.log(execution.describe())
     network = _network(plan, module, config, splits)
+    # what no file can hold is refused before an epoch is spent on it
+    stored_once(network.state_dict())
+    # training may leave something in a module that cannot be copied, such as activations
+    into = copy.deepcopy(network.module) if isinstance(network, Adapted) else None
     torch.manual_seed(config.training.seed)
     loop = Loop(network, splits, config.training, accelerator, execution)
     if loop.segments:
@@ -186,8 +222,8 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
         for tracker in accelerator.trackers:
             tracker.finish()
     accelerator.wait_for_everyone()
-    into = network.module if isinstance(network, Adapted) else None
-    return TrainResult(cast(Classifier, load(run.path, into)).cpu(), run.path, config, tuple(records))
+    best = load(run.path) if into is None else cast(Classifier, load(run.path, into))
+    return TrainResult(best.cpu(), run.path, config, tuple(records))
 
 
 def _execution(config: TrainingConfig, accelerator: Accelerator, before: dict[str, Any]) -> Execution:
@@ -201,10 +237,10 @@ def _execution(config: TrainingConfig, accelerator: Accelerator, before: dict[st
 def _network(plan: Plan | None, module: nn.Module | None, config: Config, splits: Splits) -> Classifier:
     """What is trained; its start values follow from the seed, but for a module that came with its own."""
     seed, name = config.training.seed, config.network.name
-    if module is not None or is_factory(name):
+    if plan is None and (module is not None or is_factory(name)):
         torch.manual_seed(seed)
         return adapt(config.network, splits.input, splits.classes, module)
-    if name.startswith(_FROM_PYTHON):
+    if plan is None and name.startswith(_FROM_PYTHON):
         raise ConfigError(f"'{name}' was given from Python: go on from there, dacnn.train(module, out=..., resume=True)")
     return Network(_fitted(plan, config, splits), torch.Generator().manual_seed(seed))
 
@@ -251,7 +287,8 @@ def _run_epochs(loop: Loop, run: Run, records: list[EpochRecord], listener: List
 
 def _stop_if(requested: bool, loop: Loop, run: Run) -> None:
     if requested:
+        given = run.config().network.name.startswith(_FROM_PYTHON)
+        again = f"dacnn.train(module, out='{run.path}', resume=True)" if given else f"dacnn train --resume --out {run.path}"
         raise Interrupted(
-            f"stopped in epoch {loop.epoch + 1} of {loop.config.epochs}, the state is saved: "
-            f"go on with `dacnn train --resume --out {run.path}`"
+            f"stopped in epoch {loop.epoch + 1} of {loop.config.epochs}, the state is saved: go on with `{again}`"
         )

@@ -1,0 +1,1 @@
+"""The commands, each a function whose arguments are its words and flags."""

@@ -1,0 +1,226 @@
+"""Commands that tell what a network is made of, and what it takes, before it is trained or after.
+
+Nothing that imports torch is imported before a command needs it.
+"""
+
+import json as json_text
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from dacnn.config import NetworkConfig, TrainingConfig
+from dacnn.errors import ConfigError
+from dacnn.flags import (
+    Classes,
+    InChannels,
+    Into,
+    Json,
+    NetworkFlags,
+    NetworkOrFile,
+    Size,
+    StepFlags,
+    refuse_settings,
+    settings_of,
+    word,
+)
+
+if TYPE_CHECKING:
+    from dacnn.networks.adapted import Adapted
+    from dacnn.networks.plan import Input, Plan
+
+
+def models(
+    *,
+    classes: Annotated[int, arg(help="number of classes")] = 100,
+    json: Json = False,
+) -> None:
+    """List the networks of the zoo: what they store, what they use, what they compute.
+
+    Example: dacnn models --classes 10
+    """
+    from dacnn import tables
+    from dacnn.measure.count import count
+    from dacnn.networks.zoo import DESIGNS
+
+    rows: list[dict[str, Any]] = []
+    for name, design in DESIGNS.items():
+        plan = _plan(NetworkConfig(name), classes, 3, 32)
+        regulator = design.regulator.kind if design.regulator else None
+        rows.append(
+            {
+                "name": name,
+                "topology": design.topology,
+                "depths": design.depths,
+                "widths": design.widths,
+                "share": design.share,
+                "regulator": regulator,
+                **count(plan).to_table(),
+            }
+        )
+    if json:
+        tables.show_json(rows)
+    else:
+        tables.show(tables.zoo_table(rows, classes))
+
+
+def show(
+    network: Positional[NetworkOrFile],
+    /,
+    *,
+    classes: Classes = 100,
+    in_channels: InChannels = 3,
+    size: Size = 32,
+    into: Into = None,
+    png: Annotated[Path | None, word("draw the plan into this file", "FILE")] = None,
+    json: Json = False,
+    network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Show a network's plan: who reads which kernel, parameters stored against used, multiply-adds.
+
+    Example: dacnn show dacnn18-mix-reg --png plan.png
+    """
+    from dacnn import tables
+    from dacnn.draw import draw_plan
+    from dacnn.measure.count import count
+    from dacnn.networks.plan import Plan
+
+    shown = _shown(network, into, classes, in_channels, size, network_settings)
+    counts = count(shown)
+    if isinstance(shown, Plan):
+        if png:
+            draw_plan(shown, png)
+        readers = {name: [layer.name for layer in layers] for name, layers in shown.readers().items()}
+        table, content = tables.plan_table(shown, counts), {"plan": json_text.loads(shown.to_json()), "readers": readers}
+    else:
+        if png:
+            raise ConfigError(f"--png: {network} has no plan to draw: leave it out")
+        table, content = tables.conversion_table(shown, counts), shown.conversion.to_table()
+    if json:
+        tables.show_json({**content, **counts.to_table()})
+    else:
+        tables.show(table)
+
+
+def plan(
+    network: Positional[Annotated[str, word("network of the zoo, or FILE.py:factory", "NAME")]],
+    /,
+    *,
+    budget: Annotated[
+        str | None,
+        word("propose the least sharing that stores no more than this, such as 100kB", "BYTES"),
+    ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "int8"], word("format in which the values are stored")] = "float32",
+    classes: Annotated[int, arg(help="number of classes")] = 10,
+    in_channels: Annotated[int, arg(help="channels of an image")] = 3,
+    size: Annotated[int, arg(help="side of an image in pixels")] = 32,
+    json: Json = False,
+    network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Print what sharing would save, before anything is changed: every way of sharing, or those that are named.
+
+    Example: dacnn plan net.py:make --budget 100kB
+    """
+    from dacnn import tables
+    from dacnn.measure.proposals import parse_bytes, propose_sharing
+
+    config = NetworkConfig(network, **settings_of(network_settings))
+    found, chosen = propose_sharing(
+        config,
+        _input(in_channels, size),
+        _names(classes),
+        budget_bytes=None if budget is None else parse_bytes(budget),
+        bytes_per_value={"float32": 4, "bfloat16": 2, "int8": 1}[dtype],
+    )
+    if json:
+        tables.show_json(
+            {"proposals": [proposal.to_table() for proposal in found], "chosen": chosen.to_table() if chosen else None}
+        )
+        return
+    tables.show(tables.proposal_table(f"{network}, values in {dtype}", found))
+    if chosen:
+        tables.show(f"fits {budget}: {chosen.flags} ({chosen.stored_bytes:,} bytes)")
+
+
+def count(
+    network: Positional[NetworkOrFile],
+    /,
+    *,
+    classes: Classes = 100,
+    in_channels: InChannels = 3,
+    size: Size = 32,
+    measure: Annotated[bool, word("train two steps for each, and tell what the allocator says as well")] = False,
+    json: Json = False,
+    step_settings: OmitArgPrefixes[StepFlags] = StepFlags(),  # type: ignore[valid-type]  # noqa: B008
+    network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Count parameters, bytes, multiply-adds and memory, beside the unshared twin and the rival that stores as much.
+
+    Example: dacnn count dacnn14 --batch-size 64 --measure
+    """
+    from dacnn import tables
+    from dacnn.measure.count import count as count_plan
+    from dacnn.measure.memory import measure_training_memory, predict_training_memory
+    from dacnn.networks.plan import Plan
+    from dacnn.networks.rival import rival
+    from dacnn.training.precision import best_device, choose
+
+    plan = _shown(network, None, classes, in_channels, size, network_settings)
+    if not isinstance(plan, Plan):
+        raise ConfigError(f"count sets a plan beside others, and {network} has none: see `dacnn show`")
+    training = TrainingConfig(**settings_of(step_settings))
+    execution = choose(training, best_device())
+    if measure:
+        # the profiler that measures would tell of itself on standard error
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    columns: list[dict[str, Any]] = []
+    for role, side in (("network", plan), ("unshared twin", plan.unshared()), ("equal-bytes rival", rival(plan))):
+        predicted = predict_training_memory(side, training, execution)
+        memory: dict[str, float] = {**predicted.to_table()}
+        if measure:
+            measured = measure_training_memory(side, training, execution)
+            memory |= {"measured_peak_bytes": measured, "ratio": predicted.peak_bytes / measured}
+        sizes = count_plan(side).to_table()
+        columns.append({"role": role, "name": side.name, "width": side.stem.out_channels, **sizes, "training": memory})
+    if json:
+        tables.show_json({"training": training.to_table(), "execution": execution.to_table(), "columns": columns})
+    else:
+        tables.show(tables.count_table(columns, training, execution))
+
+
+def _shown(network: str, into: str | None, classes: int, in_channels: int, size: int, flags: object) -> "Adapted | Plan":
+    """The plan of a network of the zoo, or of a trained one; of a foreign one, which has none, the network itself."""
+    from dacnn.checkpoint import load
+    from dacnn.networks.adapted import Adapted
+    from dacnn.networks.factory import adapt, is_factory
+    from dacnn.networks.network import Network
+    from dacnn.networks.zoo import DESIGNS
+
+    if is_factory(network):
+        return adapt(NetworkConfig(network, **settings_of(flags)), _input(in_channels, size), _names(classes))
+    if network in DESIGNS or not Path(network).exists():
+        return _plan(NetworkConfig(network, **settings_of(flags)), classes, in_channels, size)
+    refuse_settings(network, flags)
+    loaded = load(network, into)
+    assert isinstance(loaded, Adapted | Network)
+    return loaded if isinstance(loaded, Adapted) else loaded.plan
+
+
+def _input(channels: int, size: int) -> "Input":
+    """What a network takes that has no data set yet."""
+    from dacnn.networks.plan import Input
+
+    return Input(size, size, channels, mean=(0.5,) * channels, std=(0.25,) * channels)
+
+
+def _names(classes: int) -> tuple[str, ...]:
+    """Names of so many classes."""
+    return tuple(map(str, range(classes)))
+
+
+def _plan(config: NetworkConfig, classes: int, channels: int, size: int) -> "Plan":
+    """The plan of a network that has no data set yet."""
+    from dacnn.networks.zoo import plan_of
+
+    return plan_of(config, _input(channels, size), _names(classes))
