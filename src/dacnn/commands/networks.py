@@ -140,7 +140,8 @@ def plan(
         return
     tables.show(tables.proposal_table(f"{network}, values in {dtype}", found))
     if chosen:
-        tables.show(f"fits {budget}: {chosen.flags} ({chosen.stored_bytes:,} bytes)")
+        # not wrapped: the flags are there to be copied
+        print(f"fits {budget}: {chosen.flags} ({chosen.stored_bytes:,} bytes)")
 
 
 def count(
