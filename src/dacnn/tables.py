@@ -196,9 +196,13 @@ def _copies_table(kernel: Kernel) -> RenderableType:
     return Group(table, "")
 
 
+def _headed(role: str, width: int | None) -> str:
+    return role if width is None else f"{role}\nwidth {width}"
+
+
 def count_table(columns: Sequence[Mapping[str, Any]], training: TrainingConfig, execution: Execution) -> RenderableType:
     """A network a column: what it stores and computes, what a training of it takes."""
-    table = _table(columns[0]["name"], "", right=[f"{column['role']}\nwidth {column['width']}" for column in columns])
+    table = _table(columns[0]["name"], "", right=[_headed(column["role"], column["width"]) for column in columns])
     rows = {
         "stored parameters": "stored_parameters",
         "used parameters": "used_parameters",

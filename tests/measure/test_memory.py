@@ -13,9 +13,11 @@ from dacnn.config import NetworkConfig, TrainingConfig
 from dacnn.errors import ConfigError
 from dacnn.measure.memory import _cpu_peak_bytes, measure_training_memory, predict_training_memory
 from dacnn.measure.workspace import cpu_workspace_bytes
+from dacnn.networks.adapted import Adapted
 from dacnn.networks.plan import Input, Plan
 from dacnn.networks.zoo import plan_of
 from dacnn.training.precision import choose, has_bfloat16_units
+from foreign import make
 from reference import one_thread  # noqa: F401  (a fixture)
 
 ATEN = torch.ops.aten
@@ -33,9 +35,10 @@ def planned(name: str, width: int, **changes: Any) -> Plan:
     return plan_of(NetworkConfig(name, width=width, **changes), Input(), tuple("0123456789"))
 
 
-def ratio(plan: Plan, training: TrainingConfig) -> float:
-    execution = choose(training, "cpu")
-    return predict_training_memory(plan, training, execution).peak_bytes / measure_training_memory(plan, training, execution)
+def ratio(network: Plan | Adapted, training: TrainingConfig) -> float:
+    execution = choose(training, "cpu", foreign=isinstance(network, Adapted))
+    predicted = predict_training_memory(network, training, execution)
+    return predicted.peak_bytes / measure_training_memory(network, training, execution)
 
 
 @pytest.mark.parametrize(("precision", "optimizer"), [FLOAT32_SGD, BFLOAT16_ADAMW])
@@ -161,3 +164,25 @@ def assert_workspace(operator: Callable[..., Any], arguments: tuple[Any, ...]) -
     given = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     taken = cpu_workspace_bytes(operator, arguments, results[0], threads=1, channels_last=False)
     assert peak == pytest.approx(given + taken, rel=0.05, abs=20_000)
+
+
+class Pooled(nn.Module):
+    """What a network of `transformers` without a classifier gives of a whole image, for logits."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled: torch.Tensor = self.body(images).pooler_output
+        return pooled.flatten(1)
+
+
+@pytest.mark.parametrize("rule", ["none", "all"])
+def test_it_follows_a_foreign_network_of_whole_convolutions(rule: str) -> None:
+    module, images = make("resnet")
+    shared, _ = dacnn.anchor(Pooled(module), rule)
+    classes = tuple(map(str, range(shared.eval()(images).shape[1])))
+    network = Adapted(shared, Input(height=images.shape[2], width=images.shape[3]), classes)
+    training = TrainingConfig(batch_size=16, precision="float32", threads=1)
+    assert ratio(network, training) == pytest.approx(1, abs=TOLERANCE)

@@ -161,29 +161,35 @@ def count(
     Example: dacnn count dacnn14 --batch-size 64 --measure
     """
     from dacnn import tables
-    from dacnn.measure.count import count as count_plan
+    from dacnn.measure.count import count as count_network
     from dacnn.measure.memory import measure_training_memory, predict_training_memory
+    from dacnn.networks.adapted import Adapted
+    from dacnn.networks.factory import adapt
     from dacnn.networks.plan import Plan
     from dacnn.networks.rival import rival
     from dacnn.training.precision import best_device, choose
 
-    plan = _shown(network, None, classes, in_channels, size, network_settings)
-    if not isinstance(plan, Plan):
-        raise ConfigError(f"count sets a plan beside others, and {network} has none: see `dacnn show`")
+    shown = _shown(network, None, classes, in_channels, size, network_settings)
     training = TrainingConfig(**settings_of(step_settings))
-    execution = choose(training, best_device())
+    sides: dict[str, Adapted | Plan] = {"network": shown}
+    if isinstance(shown, Plan):
+        sides |= {"unshared twin": shown.unshared(), "equal-bytes rival": rival(shown)}
+    else:
+        sides["unshared twin"] = adapt(NetworkConfig(network), shown.input, shown.classes)
+    execution = choose(training, best_device(), foreign=not isinstance(shown, Plan))
     if measure:
         # the profiler that measures would tell of itself on standard error
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     columns: list[dict[str, Any]] = []
-    for role, side in (("network", plan), ("unshared twin", plan.unshared()), ("equal-bytes rival", rival(plan))):
+    for role, side in sides.items():
         predicted = predict_training_memory(side, training, execution)
         memory: dict[str, float] = {**predicted.to_table()}
         if measure:
             measured = measure_training_memory(side, training, execution)
             memory |= {"measured_peak_bytes": measured, "ratio": predicted.peak_bytes / measured}
-        sizes = count_plan(side).to_table()
-        columns.append({"role": role, "name": side.name, "width": side.stem.out_channels, **sizes, "training": memory})
+        sizes = count_network(side).to_table()
+        name, width = (side.name, side.stem.out_channels) if isinstance(side, Plan) else (network, None)
+        columns.append({"role": role, "name": name, "width": width, **sizes, "training": memory})
     if json:
         tables.show_json({"training": training.to_table(), "execution": execution.to_table(), "columns": columns})
     else:

@@ -6,6 +6,7 @@ what the CPU's operators take beside them (`workspace.py`). The measurement is t
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -28,6 +29,8 @@ from dacnn.data.imageset import MemoryImages
 from dacnn.data.sources import Splits
 from dacnn.measure.live import LiveTensors, Workspace
 from dacnn.measure.workspace import cpu_workspace_bytes
+from dacnn.networks.adapted import Adapted
+from dacnn.networks.classifier import Classifier
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
 from dacnn.training.loop import Loop
@@ -67,7 +70,7 @@ class TrainingMemory:
 
 
 def predict_training_memory(
-    network: Network | Plan, training: TrainingConfig | None = None, execution: Execution | None = None
+    network: Network | Plan | Adapted, training: TrainingConfig | None = None, execution: Execution | None = None
 ) -> TrainingMemory:
     """Predict what training a network takes, without training it.
 
@@ -78,7 +81,7 @@ def predict_training_memory(
             predicted as if it were not.
 
     Returns:
-        The bytes at the worst moment. Within 10 % of what a CPU's allocator hands out (more for contiguous images of
+        The bytes at the worst moment. For networks of the zoo within 10 % of what a CPU's allocator hands out (more for contiguous images of
         less than 16 channels, which oneDNN fills up or not); on a GPU what cuDNN takes for itself is missing.
 
     Raises:
@@ -91,16 +94,16 @@ def predict_training_memory(
         >>> memory.activation_bytes > 10 * memory.weight_bytes
         True
     """
-    plan, training, execution = _settled(network, training, execution)
+    training, execution = _settled(network, training, execution)
     workspace: Workspace | None = None
     if execution.device == "cpu":
         layout = execution.memory_format == "channels_last"
         workspace = functools.partial(cpu_workspace_bytes, threads=execution.threads, channels_last=layout)
     live = LiveTensors(workspace, granule_bytes=1 if execution.device == "cpu" else _GPU_GRANULE_BYTES)
     device = torch.device(execution.device)
-    with torch.device("meta"):
-        hollow = Network(plan)
-    with FakeTensorMode(), live:
+    hollow = _without_values(network)
+    # a foreign module may hold tensors that are neither parameters nor buffers
+    with FakeTensorMode(allow_non_fake_inputs=True), live:
         _fill_in(hollow, device)
         # it is where it shall be, and a fake parameter cannot be moved in its place
         hollow.to = lambda *_: hollow  # type: ignore[method-assign]
@@ -121,17 +124,20 @@ def predict_training_memory(
 
 def _fill_in(hollow: nn.Module, device: torch.device) -> None:
     """Put tensors on a device in the places of those on the meta device, without a look at the latter, which are no fakes."""
+    parameters: dict[int, nn.Parameter] = {}
     for part in hollow.modules():
         for name, tensor in part._parameters.items():
             if tensor is not None:
-                part._parameters[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+                fresh = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device=device), tensor.requires_grad)
+                # one for all places of a tied one
+                part._parameters[name] = parameters.setdefault(id(tensor), fresh)
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
 def measure_training_memory(
-    network: Network | Plan, training: TrainingConfig | None = None, execution: Execution | None = None
+    network: Network | Plan | Adapted, training: TrainingConfig | None = None, execution: Execution | None = None
 ) -> int:
     """Measure what training a network takes: two steps, on random weights and black images.
 
@@ -147,10 +153,11 @@ def measure_training_memory(
     Raises:
         ConfigError: The recipe crops more than an image has.
     """
-    plan, training, execution = _settled(network, training, execution)
+    training, execution = _settled(network, training, execution)
 
     def run() -> None:
-        for _ in _steps(_loop(Network(plan), training, execution)):
+        fresh = copy.deepcopy(network) if isinstance(network, Adapted) else Network(_plan_of(network))
+        for _ in _steps(_loop(fresh, training, execution)):
             pass
 
     # what others left behind shall not be given back in the middle
@@ -186,26 +193,37 @@ class _Alone:
         return sums
 
 
+def _plan_of(network: Network | Plan) -> Plan:
+    return network if isinstance(network, Plan) else network.plan
+
+
+def _without_values(network: Network | Plan | Adapted) -> Classifier:
+    """The network on the meta device."""
+    if isinstance(network, Adapted):
+        return copy.deepcopy(network).to("meta")
+    with torch.device("meta"):
+        return Network(_plan_of(network))
+
+
 def _settled(
-    network: Network | Plan, training: TrainingConfig | None, execution: Execution | None
-) -> tuple[Plan, TrainingConfig, Execution]:
+    network: Network | Plan | Adapted, training: TrainingConfig | None, execution: Execution | None
+) -> tuple[TrainingConfig, Execution]:
     """The defaults filled in."""
-    plan = network if isinstance(network, Plan) else network.plan
     training = training or TrainingConfig()
     if execution is None:
-        execution = choose(training, "cpu" if training.device == "cpu" else best_device())
-    return plan, dataclasses.replace(training, epochs=1), dataclasses.replace(execution, compiled=False)
+        execution = choose(training, "cpu" if training.device == "cpu" else best_device(), foreign=isinstance(network, Adapted))
+    return dataclasses.replace(training, epochs=1), dataclasses.replace(execution, compiled=False)
 
 
-def _loop(network: Network, training: TrainingConfig, execution: Execution) -> Loop:
+def _loop(network: Classifier, training: TrainingConfig, execution: Execution) -> Loop:
     """A training of a few steps on black images."""
-    plan, count = network.plan, _STEPS * training.batch_size * training.accumulate
+    input, classes, count = network.input, network.classes, _STEPS * training.batch_size * training.accumulate
     # one image that stands for all of them: the data set takes no memory
-    images = torch.zeros((1, plan.input.height, plan.input.width, plan.input.channels), dtype=torch.uint8)
+    images = torch.zeros((1, input.height, input.width, input.channels), dtype=torch.uint8)
     labels = torch.zeros(1, dtype=torch.int64)
-    train = MemoryImages(images.expand(count, -1, -1, -1), labels.expand(count), plan.classes)
-    empty = MemoryImages(images[:0], labels[:0], plan.classes)
-    splits = Splits(train, empty, empty, plan.input, plan.classes, "black images")
+    train = MemoryImages(images.expand(count, -1, -1, -1), labels.expand(count), classes)
+    empty = MemoryImages(images[:0], labels[:0], classes)
+    splits = Splits(train, empty, empty, input, classes, "black images")
     return Loop(network, splits, training, cast(Accelerator, _Alone(execution.device)), execution)
 
 

@@ -96,13 +96,15 @@ def has_bfloat16_units(device: str) -> bool:
     return any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
 
 
-def choose(config: TrainingConfig, device: str, processes: int = 1) -> Execution:
+def choose(config: TrainingConfig, device: str, processes: int = 1, *, foreign: bool = False) -> Execution:
     """Choose how to run on a device.
 
     Args:
         config: Its `auto` values are chosen here, the others kept.
         device: `cpu` or `cuda`.
         processes: Processes that share the work.
+        foreign: Whether the network is a module of somebody else's: what its forward pass does to its activations, such
+            as `view()`, may hold for contiguous ones alone.
 
     Returns:
         The choice.
@@ -111,6 +113,7 @@ def choose(config: TrainingConfig, device: str, processes: int = 1) -> Execution
         TrainingError: bfloat16 was asked for on a GPU that cannot do it.
     """
     fast = has_bfloat16_units(device)
+    own_order: Literal["channels_last", "contiguous"] = "contiguous" if foreign else "channels_last"
     if config.precision == "bfloat16" and device == "cuda" and not fast:
         raise TrainingError("training.precision is 'bfloat16': this GPU has no units for it: use 'auto' or 'float32'")
     # who asks for something to be made again has asked not to leave that to a compiler
@@ -121,7 +124,7 @@ def choose(config: TrainingConfig, device: str, processes: int = 1) -> Execution
     return Execution(
         device=device,
         precision=("bfloat16" if fast else "float32") if config.precision == "auto" else config.precision,
-        memory_format="channels_last" if config.memory_format == "auto" else config.memory_format,
+        memory_format=own_order if config.memory_format == "auto" else config.memory_format,
         threads=config.threads or torch.get_num_threads(),
         processes=processes,
         compiled=compiled,

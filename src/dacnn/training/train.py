@@ -189,11 +189,8 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
     if not accelerator.is_main_process:
         listener = Listener()
     state = run.state()
-    training = config.training
-    if plan is None and _is_foreign(config.network.name) and training.memory_format == "auto":
-        # what a foreign forward pass does to its activations, such as view(), may hold for this order alone
-        training = dataclasses.replace(training, memory_format="contiguous")
-    execution = _execution(training, accelerator, state[1]["execution"] if state else {})
+    foreign = plan is None and _is_foreign(config.network.name)
+    execution = _execution(config.training, accelerator, foreign, state[1]["execution"] if state else {})
     splits = load_data(config.data, progress=listener.loading)
     listener.log(execution.describe())
     network = _network(plan, module, config, splits)
@@ -226,12 +223,12 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
     return TrainResult(best.cpu(), run.path, config, tuple(records))
 
 
-def _execution(config: TrainingConfig, accelerator: Accelerator, before: dict[str, Any]) -> Execution:
+def _execution(config: TrainingConfig, accelerator: Accelerator, foreign: bool, before: dict[str, Any]) -> Execution:
     """How to run here; a resumed run takes the threads it had before where none are asked for."""
     threads = config.threads or before.get("threads")
     if threads is not None:
         torch.set_num_threads(threads)
-    return choose(config, accelerator.device.type, accelerator.num_processes)
+    return choose(config, accelerator.device.type, accelerator.num_processes, foreign=foreign)
 
 
 def _network(plan: Plan | None, module: nn.Module | None, config: Config, splits: Splits) -> Classifier:
