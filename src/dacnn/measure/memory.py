@@ -81,8 +81,9 @@ def predict_training_memory(
             predicted as if it were not.
 
     Returns:
-        The bytes at the worst moment. For networks of the zoo within 10 % of what a CPU's allocator hands out (more for contiguous images of
-        less than 16 channels, which oneDNN fills up or not); on a GPU what cuDNN takes for itself is missing.
+        The bytes at the worst moment. For networks of the zoo within 10 % of what a CPU's allocator hands out (more for
+        contiguous images of less than 16 channels, which oneDNN fills up or not, and for depthwise convolutions); on a
+        GPU what cuDNN takes for itself is missing.
 
     Raises:
         ConfigError: The recipe crops more than an image has.
