@@ -80,22 +80,6 @@ class Adapted(Classifier):
         """Who owns the kernels; None where nothing is shared."""
         return owner_of(self.module)
 
-    def check_images(self, images: Tensor, x: Tensor) -> None:
-        """Refuse images that the network cannot take; which sizes it can take only the module knows.
-
-        Args:
-            images: As they were given.
-            x: The same, normalised.
-
-        Raises:
-            ShapeError: They have another shape.
-        """
-        channels = self.input.channels
-        if x.ndim != 4 or x.shape[1] != channels:
-            raise ShapeError(
-                f"images have shape {tuple(images.shape)}: expected N x {channels} x H x W (or uint8, N x H x W x {channels})"
-            )
-
     def logits(self, x: Tensor) -> Tensor:
         """Run the module.
 

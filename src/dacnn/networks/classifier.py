@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from dacnn.errors import ShapeError
 from dacnn.networks.normalize import Normalize
 from dacnn.networks.plan import Input
 from dacnn.sharing.anchors import Anchors
@@ -56,20 +57,23 @@ class Classifier(nn.Module):
         x = images
         if images.dtype == torch.uint8:
             x = self.normalize(images).contiguous(memory_format=self.memory_format)
-        self.check_images(images, x)
+        self._check_images(images, x)
         return self.logits(x)
 
-    def check_images(self, images: Tensor, x: Tensor) -> None:
-        """Refuse images that the network cannot take.
+    @property
+    def smallest_side(self) -> int:
+        """Smallest side of an image that the layers can take, in pixels, as far as it is known."""
+        return 1
 
-        Args:
-            images: As they were given.
-            x: The same, normalised.
-
-        Raises:
-            ShapeError: They have another shape.
-        """
-        raise NotImplementedError
+    def _check_images(self, images: Tensor, x: Tensor) -> None:
+        """Refuse images, given as `images` and normalised as `x`, that the network cannot take."""
+        channels, side = self.input.channels, self.smallest_side
+        if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < side:
+            least = f" of at least {side} pixels a side" if side > 1 else ""
+            raise ShapeError(
+                f"images have shape {tuple(images.shape)}: expected N x {channels} x H x W "
+                f"(or uint8, N x H x W x {channels}){least}"
+            )
 
     def logits(self, x: Tensor) -> Tensor:
         """Run the layers.

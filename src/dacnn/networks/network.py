@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dacnn.config import NetworkConfig
-from dacnn.errors import ConfigError, ShapeError
+from dacnn.errors import ConfigError
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.plan import Block, Input, Layer, Plan
 from dacnn.networks.zoo import plan_of
@@ -167,21 +167,10 @@ class Network(Classifier):
                 if module.shortcut is not None:
                     yield module.shortcut_name, module.shortcut
 
-    def check_images(self, images: Tensor, x: Tensor) -> None:
-        """Refuse images that the network cannot take: any H and W of at least `plan.smallest_side` will do.
-
-        Args:
-            images: As they were given.
-            x: The same, normalised.
-
-        Raises:
-            ShapeError: They have another shape.
-        """
-        if x.ndim != 4 or x.shape[1] != self.plan.input.channels or min(x.shape[2:]) < self.plan.smallest_side:
-            raise ShapeError(
-                f"images have shape {tuple(images.shape)}: expected N x {self.plan.input.channels} x H x W (or uint8, "
-                f"N x H x W x {self.plan.input.channels}) of at least {self.plan.smallest_side} pixels a side"
-            )
+    @property
+    def smallest_side(self) -> int:
+        """Smallest side of an image, in pixels: one that every pooling can halve."""
+        return self.plan.smallest_side
 
     def logits(self, x: Tensor) -> Tensor:
         """Run the layers.
