@@ -8,6 +8,7 @@ import tyro
 
 from dacnn import __version__
 from dacnn.commands.artefacts import audit
+from dacnn.commands.benches import bench
 from dacnn.commands.networks import count, models, plan, show
 from dacnn.commands.runs import eval, fold, predict, train
 from dacnn.errors import DacnnError, Interrupted
@@ -22,6 +23,7 @@ _COMMANDS: dict[str, Any] = {
     "fold": fold,
     "count": count,
     "audit": audit,
+    "bench": bench,
 }
 
 

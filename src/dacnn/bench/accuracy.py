@@ -29,7 +29,7 @@ def reference_logits(network: Classifier, images_nhwc: Tensor) -> NDArray[np.flo
     exact = copy.deepcopy(network).double()
     # its statistics were rounded to float32 before
     exact.normalize.reset_statistics()
-    return torch.cat([exact(batch) for batch in images_nhwc.split(_BATCH)]).numpy()
+    return torch.cat([exact(batch) for batch in torch.split(images_nhwc, _BATCH)]).numpy()
 
 
 def compare(logits: NDArray[Any], reference: NDArray[np.float64]) -> tuple[float, float]:

@@ -141,9 +141,7 @@ def _finished(runner: _Runner, macs: int, peak_macs_per_second: float) -> Row:
 class _Bench:
     """The parts that are done once for all contenders, and where they stand."""
 
-    def __init__(
-        self, network: Classifier, images_nhwc: Tensor, settings: Settings, folder: Path, children: ExitStack
-    ) -> None:
+    def __init__(self, network: Classifier, images_nhwc: Tensor, settings: Settings, folder: Path, children: ExitStack) -> None:
         self.settings, self.folder, self.children = settings, folder, children
         self.macs = count(network).macs
         self.reference = reference_logits(network, images_nhwc)
@@ -191,7 +189,7 @@ class _Bench:
         folder = self._write(contender, side)
         tick(1, 4)
         runner.child = self._start(f"{contender.name}-{side}")
-        answer = self._load(runner.child, contender.load, folder, contender.takes)
+        answer = self._load(runner.child, contender.load, folder, folder.with_suffix(".tiny"), contender.takes)
         tick(2, 4)
         file = self.folder / f"{contender.name}-{side}.npy"
         runner.child.ask("classify", _TIMEOUT_SECONDS, out=str(file), batch=self.largest_batch)
@@ -223,7 +221,7 @@ class _Bench:
                         _TIMEOUT_SECONDS,
                         write=contender.write,
                         weights=str(self.folder / f"{side}.safetensors"),
-                        into=self._into,
+                        into=self.settings.into,
                         folder=str(folder),
                         tiny=str(folder.with_suffix(".tiny")),
                         largest_batch=self.largest_batch,
@@ -236,18 +234,14 @@ class _Bench:
             raise ArtefactError(f"cannot be written: {found}")
         return found
 
-    @property
-    def _into(self) -> str | None:
-        return self.settings.into
-
-    def _load(self, child: Child, load: str, folder: Path, takes: str) -> dict[str, Any]:
+    def _load(self, child: Child, load: str, folder: Path, tiny: Path | None, takes: str) -> dict[str, Any]:
         return child.ask(
             "load",
             _TIMEOUT_SECONDS,
             load=load,
             folder=str(folder),
-            tiny=str(folder.with_suffix(".tiny")),
-            into=self._into,
+            tiny=None if tiny is None else str(tiny),
+            into=self.settings.into,
             threads=self.settings.threads,
             images=str(self.folder / f"{takes}.npy"),
             tiny_images=str(self.folder / f"tiny-{takes}.npy"),
@@ -255,7 +249,7 @@ class _Bench:
 
     def _runs(self, child: Child, batch: int) -> int:
         """How often a batch is run in a turn."""
-        first = child.ask("time", _TIMEOUT_SECONDS, batch=batch, times=1, warm_ups=1)["seconds"][0]
+        first: float = child.ask("time", _TIMEOUT_SECONDS, batch=batch, times=1, warm_ups=1)["seconds"][0]
         return min(_MOST_RUNS, max(_LEAST_RUNS, math.ceil(_TURN_SECONDS / first)))
 
     def take_turns(self, runners: Sequence[_Runner], bar: Bar) -> float:
@@ -265,18 +259,20 @@ class _Bench:
             The peak, in multiply-adds a second.
         """
         top = self._start("peak")
-        self._load(top, f"{peak.__name__}:load", self.folder, "float")
-        runs = self._runs(top, 1)
-        products: list[float] = []
+        # it writes nothing, and has nothing to load
+        self._load(top, f"{peak.__name__}:load", self.folder, None, "float")
+        batch = peak.IMAGES_PER_THREAD * self.settings.threads
+        runs = self._runs(top, batch)
+        seconds: list[float] = []
         rounds = self.settings.rounds
         with bar("rounds") as tick:
             for number in range(rounds):
-                products += top.ask("time", _TIMEOUT_SECONDS, batch=1, times=runs, warm_ups=_WARM_UPS)["seconds"]
+                seconds += top.ask("time", _TIMEOUT_SECONDS, batch=batch, times=runs, warm_ups=_WARM_UPS)["seconds"]
                 running = [runner for runner in runners if runner.child is not None]
                 for index, runner in enumerate(in_turn(running, number)):
                     tick(number * len(running) + index, rounds * len(running))
                     _take_turn(runner)
-        return peak.PEAK_MACS / statistics.median(products)
+        return batch * peak.MACS_PER_IMAGE / statistics.median(seconds)
 
 
 def in_turn(runners: Sequence[_Some], number: int) -> Sequence[_Some]:

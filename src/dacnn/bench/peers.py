@@ -25,7 +25,7 @@ def write_executorch(network: Any, folder: Path, largest_batch: int) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    module, images = _layers_and_images(network, min(2, largest_batch))
+    module, images = _layers_and_images(network, largest_batch)
     # memory is planned for the largest batch, so it has to be known
     sizes = ({0: torch.export.Dim("batch", min=1, max=largest_batch)},) if largest_batch > 1 else None
     exported = torch.export.export(module, (images,), dynamic_shapes=sizes)
@@ -42,8 +42,7 @@ def load_executorch(artefact: Artefact) -> Loaded:
     _unsafe_reset_threadpool(artefact.threads)
     program = Runtime.get().load_program(artefact.folder / "network.pte")
     method = program.load_method("forward")
-    # the method needs its program as long as it runs
-    return Loaded(lambda images, program=program: method.execute([images])[0], torch.from_numpy)
+    return Loaded(lambda images: method.execute([images])[0], torch.from_numpy)
 
 
 def write_litert(network: Any, folder: Path, largest_batch: int) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from typing import cast
 
 import torch
 from torch import nn
@@ -84,4 +83,4 @@ class _Logits(nn.Module):
         self.network = network
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, self.network.logits(x))
+        return self.network.logits(x)

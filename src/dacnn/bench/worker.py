@@ -6,10 +6,10 @@ back. Where the other side has gone, the process ends.
 
 import gc
 import importlib
-import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ def main(connection: Connection) -> None:
         connection: To who asks.
     """
     worker = Worker()
+    calls: dict[str, Callable[..., dict[str, Any]]]
     calls = {"write": worker.write, "load": worker.load, "classify": worker.classify, "time": worker.time}
     while True:
         try:
