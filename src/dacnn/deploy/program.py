@@ -314,9 +314,12 @@ KernelStep = Convolve | Linear
 
 def _attributes(step: object) -> str:
     """Fields of numbers that are not at their defaults."""
-    fields = {item.name: (getattr(step, item.name), item.default) for item in dataclasses.fields(step)}  # type: ignore[arg-type]
-    numbers = {name: value for name, (value, default) in fields.items() if isinstance(value, (int, float, tuple)) and value != default}
-    return "".join(f", {name} {'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in numbers.items())
+    words = []
+    for item in dataclasses.fields(step):  # type: ignore[arg-type]
+        value = getattr(step, item.name)
+        if isinstance(value, int | float | tuple) and value != item.default:
+            words.append(f", {item.name} {'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return "".join(words)
 
 
 def operands(step: Operation) -> tuple[str, ...]:
@@ -371,8 +374,8 @@ class Program:
     def __str__(self) -> str:
         of = self.input
         head = (
-            f"{self.name}: uint8 images of {of.height}x{of.width}x{of.channels} (fit: {of.fit}) -> {len(self.classes)} classes; "
-            f"{self.stored_bytes:,} bytes in {len(self.tensors)} tensors"
+            f"{self.name}: uint8 images of {of.height}x{of.width}x{of.channels} (fit: {of.fit}) -> "
+            f"{len(self.classes)} classes; {self.stored_bytes:,} bytes in {len(self.tensors)} tensors"
         )
         return "\n".join([head, *_lines(self.steps, 1), f"  -> {self.result}"])
 
