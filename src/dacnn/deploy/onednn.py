@@ -26,7 +26,7 @@ _MOST_PACKS = 3
 # a pack that saves less than this share of the reader's time is not worth its memory
 _WORTH = 0.05
 _TRIALS = 7
-# choices are remembered for so many shapes of input per kernel
+# shapes of images that a reader's choice is remembered for
 _MOST_CHOICES = 256
 
 
@@ -60,7 +60,7 @@ def reorder(plain: Tensor, geometry: Geometry, images: Shape) -> Tensor:
     Returns:
         An opaque tensor that only oneDNN reads.
     """
-    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight.default(
         plain, geometry.padding, geometry.stride, geometry.dilation, geometry.groups, images
     )
     return packed
@@ -71,29 +71,43 @@ def packed_bytes(packed: Tensor) -> int:
     return int(torch.ops.mkldnn._nbytes(packed))
 
 
-def convolve(
-    x: Tensor, packed: Tensor, geometry: Geometry, factor: Tensor | None, bias: Tensor | None, relu: bool
-) -> Tensor:
+def convolution(
+    kernel: "PackedKernel", geometry: Geometry, factor: Tensor | None, bias: Tensor | None, relu: bool
+) -> Callable[[Tensor], Tensor]:
     """(convolution + bias) * factor, then ReLU, in one pass.
 
     Args:
-        x: N x C x H x W in channels-last memory.
-        packed: The kernel, packed.
+        kernel: The kernel.
         geometry: How it is slid.
-        factor: Shape (1, O, 1, 1), of the type of `x`.
-        bias: Shape (O,), of the type of `x`.
+        factor: Shape (1, O, 1, 1), of the kernel's type.
+        bias: Shape (O,), of the kernel's type.
         relu: Whether to end with a ReLU.
 
     Returns:
-        N x O x H' x W' in channels-last memory.
+        From N x C x H x W in channels-last memory, of the kernel's type, to N x O x H' x W' of the same kind.
     """
+    # remembered here too: the batches of a server have few shapes, and a layer of few pixels takes no longer than asking does
+    chosen: dict[Shape, Tensor] = {}
+
+    def call(x: Tensor) -> Tensor:
+        pack = chosen.get(x.shape)
+        if pack is None:
+            images = tuple(x.shape)
+            pack, kept = kernel.read(geometry, images)
+            if kept and len(chosen) < _MOST_CHOICES:
+                chosen[images] = pack
+        return _convolve(x, pack, geometry, factor, bias, relu)
+
+    return call
+
+
+def _convolve(x: Tensor, pack: Tensor, geometry: Geometry, factor: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
     slid = geometry.padding, geometry.stride, geometry.dilation, geometry.groups
+    of = torch.ops.mkldnn._convolution_pointwise
     if factor is None:
-        y = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *slid, "relu" if relu else "none", [], "")
+        y = of.default(x, pack, bias, *slid, "relu" if relu else "none", [], "")
     else:
-        y = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, factor, packed, bias, *slid, "mul", None, "relu" if relu else None, [], None
-        )
+        y = of.binary(x, factor, pack, bias, *slid, "mul", None, "relu" if relu else None, [], None)
     return cast(Tensor, y)
 
 
@@ -106,7 +120,8 @@ def _layout(kernel: Shape, dtype: torch.dtype, geometry: Geometry, images: Shape
     """Name of the layout that oneDNN wants, equal for equal layouts: a digest of what it makes of random numbers."""
     packed = reorder(_probe(kernel, dtype), geometry, images)
     held = (ctypes.c_ubyte * packed_bytes(packed)).from_address(torch.ops.mkldnn.data_ptr(packed))
-    return hashlib.blake2b(memoryview(held), digest_size=8).hexdigest()
+    # groups are a dimension of what is packed
+    return f"{geometry.groups} {hashlib.blake2b(memoryview(held), digest_size=8).hexdigest()}"
 
 
 @lru_cache(maxsize=4096)
@@ -116,10 +131,10 @@ def _saving(kernel: Shape, dtype: torch.dtype, geometry: Geometry, images: Shape
     x = torch.rand(images).to(dtype).contiguous(memory_format=torch.channels_last)
 
     def own() -> None:
-        convolve(x, packed, geometry, None, None, True)
+        _convolve(x, packed, geometry, None, None, True)
 
     def reordered() -> None:
-        convolve(x, reorder(packed.to_dense(), geometry, images), geometry, None, None, True)
+        _convolve(x, reorder(packed.to_dense().view(kernel), geometry, images), geometry, None, None, True)
 
     seconds: dict[Callable[[], None], list[float]] = {own: [], reordered: []}
     for trial in range(_TRIALS + 1):
@@ -151,7 +166,6 @@ class PackedKernel:
         self.readers: dict[str, list[tuple[int, int]]] = {}
         self._plain: Tensor | None = plain
         self._packs: dict[str, Tensor] = {}
-        self._chosen: dict[tuple[Geometry, Shape], Tensor | None] = {}
         self._lock = threading.Lock()
 
     @property
@@ -166,7 +180,7 @@ class PackedKernel:
             plain = 0 if self._plain is None else self._plain.nbytes
             return plain + sum(map(packed_bytes, self._packs.values()))
 
-    def read(self, geometry: Geometry, images: Shape) -> Tensor:
+    def read(self, geometry: Geometry, images: Shape) -> tuple[Tensor, bool]:
         """The kernel as a convolution over images of a shape wants it.
 
         Args:
@@ -174,18 +188,8 @@ class PackedKernel:
             images: N x C x H x W.
 
         Returns:
-            An opaque tensor: one that is held, or where that is not worth its memory one made for this call.
+            An opaque tensor, and whether it is kept: where that is not worth its memory it is made for this call.
         """
-        try:
-            chosen = self._chosen[geometry, images]
-        except KeyError:
-            chosen = self._choose(geometry, images)
-        return chosen if chosen is not None else reorder(self._any(), geometry, images)
-
-    def _any(self) -> Tensor:
-        return self._plain if self._plain is not None else next(iter(self._packs.values())).to_dense()
-
-    def _choose(self, geometry: Geometry, images: Shape) -> Tensor | None:
         asked = (self.shape, self.dtype, geometry, images, torch.get_num_threads())
         layout = _layout(*asked)
         with self._lock:
@@ -194,13 +198,17 @@ class PackedKernel:
             if size not in sizes and len(sizes) < _MOST_CHOICES:
                 sizes.append(size)
             pack = self._packs.get(layout)
-            if pack is None and (not self._packs or (len(self._packs) < _MOST_PACKS and _saving(*asked) > _WORTH)):
-                pack = self._packs[layout] = reorder(self._any(), geometry, images)
+            if pack is not None:
+                return pack, True
+            pack = reorder(self._any(), geometry, images)
+            worth = not self._packs or (len(self._packs) < _MOST_PACKS and _saving(*asked) > _WORTH)
+            if worth:
+                self._packs[layout] = pack
                 self._plain = None
-            if len(self._chosen) >= _MOST_CHOICES:
-                self._chosen = {}
-            self._chosen[geometry, images] = pack
-            return pack
+            return pack, worth
+
+    def _any(self) -> Tensor:
+        return self._plain if self._plain is not None else next(iter(self._packs.values())).to_dense().view(self.shape)
 
     def describe(self) -> str:
         """One line: its packs, and who reads which."""
