@@ -106,6 +106,7 @@ ORDER = [
     "bench.peak",
     "bench.torch_backends",
     "bench.onnx_backends",
+    "bench.own",
     "bench.peers",
     "bench.tiny",
     "bench.worker",

@@ -61,7 +61,7 @@ class Contender:
         takes: What images it is given: uint8 N x H x W x C, or normalised float32 N x C x H x W.
         modules: What has to be there to import.
         package: The distribution whose version is told.
-        extra: What of this library has to be installed for it.
+        extra: The extras of this library that bring it; empty where none does.
     """
 
     name: str
@@ -75,8 +75,9 @@ class Contender:
 
     def missing(self) -> str | None:
         """What has to be installed first; None where everything is there."""
-        absent = [module for module in self.modules if not _is_there(module)]
-        return f"not installed: pip install 'dacnn[{self.extra}]' (it needs {', '.join(absent)})" if absent else None
+        absent = ", ".join(module.replace("_", "-") for module in self.modules if not _is_there(module))
+        remedy = f"pip install 'dacnn[{self.extra}]'" if self.extra else f"pip install {absent.replace(',', '')}"
+        return f"not installed: {absent}: {remedy}" if absent else None
 
 
 def _is_there(module: str) -> bool:
@@ -86,68 +87,67 @@ def _is_there(module: str) -> bool:
         return False
 
 
-_TORCH, _ONNX, _PEERS = "dacnn.bench.torch_backends", "dacnn.bench.onnx_backends", "dacnn.bench.peers"
-_EXPORTER = ("onnx", "onnxscript")
+_OWN, _TORCH, _ONNX, _PEERS = (f"dacnn.bench.{name}" for name in ("own", "torch_backends", "onnx_backends", "peers"))
 
-CONTENDERS: dict[str, Contender] = {
-    contender.name: contender
-    for contender in (
-        Contender("pytorch", "PyTorch, channels-last where the network allows it", f"{_TORCH}:write", f"{_TORCH}:load_eager"),
-        Contender("torch-compile", "torch.compile, one graph a batch size", f"{_TORCH}:write", f"{_TORCH}:load_compiled"),
-        Contender(
-            "onnxruntime",
-            "ONNX Runtime as it comes, on the file of torch.onnx.export",
-            f"{_ONNX}:write",
-            f"{_ONNX}:load_onnxruntime",
-            modules=(*_EXPORTER, "onnxruntime"),
-            package="onnxruntime",
-        ),
-        Contender(
-            "onnxruntime-off",
-            "the same, graph optimisation off",
-            f"{_ONNX}:write",
-            f"{_ONNX}:load_onnxruntime_off",
-            modules=(*_EXPORTER, "onnxruntime"),
-            package="onnxruntime",
-        ),
-        Contender(
-            "openvino",
-            "OpenVINO in float32, on the file of torch.onnx.export",
-            f"{_ONNX}:write",
-            f"{_ONNX}:load_openvino",
-            modules=(*_EXPORTER, "openvino"),
-            package="openvino",
-            extra="export,peers",
-        ),
-        Contender(
-            "executorch",
-            "ExecuTorch with XNNPACK",
-            f"{_PEERS}:write_executorch",
-            f"{_PEERS}:load_executorch",
-            modules=("executorch",),
-            package="executorch",
-            extra="peers",
-        ),
-        Contender(
-            "litert",
-            "LiteRT with XNNPACK",
-            f"{_PEERS}:write_litert",
-            f"{_PEERS}:load_litert",
-            modules=("litert_torch", "ai_edge_litert"),
-            package="ai-edge-litert",
-            extra="peers",
-        ),
-        Contender(
-            "ncnn",
-            "ncnn in float32, Winograd on, an image at a time",
-            f"{_PEERS}:write_ncnn",
-            f"{_PEERS}:load_ncnn",
-            modules=("pnnx", "ncnn"),
-            package="ncnn",
-            extra="peers",
-        ),
-    )
-}
+
+def _onnx(name: str, about: str, write: str, load: str, *, takes: Takes, runtime: str, writers: tuple[str, ...]) -> Contender:
+    """A contender whose artefact is an ONNX file."""
+    extra = "export" if runtime == "onnxruntime" else "export,peers"
+    return Contender(name, about, write, f"{_ONNX}:{load}", takes, (*writers, runtime), runtime, extra)
+
+
+def _own_onnx(name: str, about: str, write: str, load: str = "load_onnxruntime", runtime: str = "onnxruntime") -> Contender:
+    return _onnx(name, about, f"{_OWN}:{write}", load, takes="uint8", runtime=runtime, writers=("onnx",))
+
+
+def _exported(name: str, about: str, load: str, runtime: str = "onnxruntime") -> Contender:
+    writers = ("onnx", "onnxscript")
+    return _onnx(name, about, f"{_ONNX}:write", load, takes="float", runtime=runtime, writers=writers)
+
+
+_ALL = (
+    Contender("dacnn-pack", "dacnn.pack in float32", f"{_TORCH}:write", f"{_OWN}:load_packed", "uint8"),
+    Contender("dacnn-pack-bfloat16", "dacnn.pack in bfloat16", f"{_TORCH}:write", f"{_OWN}:load_packed_bfloat16", "uint8"),
+    _own_onnx("dacnn-onnx", "`dacnn export --to onnx` in ONNX Runtime", "write_onnx"),
+    _own_onnx("dacnn-loop-small", "`--to onnx-loop`, small form, in ONNX Runtime", "write_loop_small"),
+    _own_onnx("dacnn-loop-fast", "`--to onnx-loop`, fast form, in ONNX Runtime", "write_loop_fast"),
+    _own_onnx("dacnn-onnx-openvino", "`--to onnx` in OpenVINO", "write_onnx", "load_openvino", "openvino"),
+    _own_onnx("dacnn-loop-small-openvino", "the small loop in OpenVINO", "write_loop_small", "load_openvino", "openvino"),
+    _own_onnx("dacnn-loop-fast-openvino", "the fast loop in OpenVINO", "write_loop_fast", "load_openvino", "openvino"),
+    Contender("pytorch", "PyTorch, channels-last where the network allows it", f"{_TORCH}:write", f"{_TORCH}:load_eager"),
+    Contender("torch-compile", "torch.compile, one graph a batch size", f"{_TORCH}:write", f"{_TORCH}:load_compiled"),
+    _exported("onnxruntime", "ONNX Runtime as it comes, on the file of torch.onnx.export", "load_onnxruntime"),
+    _exported("onnxruntime-off", "the same, graph optimisation off", "load_onnxruntime_off"),
+    _exported("openvino", "OpenVINO in float32, on the file of torch.onnx.export", "load_openvino", "openvino"),
+    Contender(
+        "executorch",
+        "ExecuTorch with XNNPACK",
+        f"{_PEERS}:write_executorch",
+        f"{_PEERS}:load_executorch",
+        modules=("executorch",),
+        package="executorch",
+        extra="peers",
+    ),
+    Contender(
+        "litert",
+        "LiteRT with XNNPACK",
+        f"{_PEERS}:write_litert",
+        f"{_PEERS}:load_litert",
+        modules=("litert_torch", "ai_edge_litert"),
+        package="ai-edge-litert",
+        extra="",
+    ),
+    Contender(
+        "ncnn",
+        "ncnn in float32, Winograd on, an image at a time",
+        f"{_PEERS}:write_ncnn",
+        f"{_PEERS}:load_ncnn",
+        modules=("pnnx", "ncnn"),
+        package="ncnn",
+        extra="peers",
+    ),
+)
+CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in _ALL}
 
 
 def chosen(only: Iterable[str]) -> tuple[Contender, ...]:

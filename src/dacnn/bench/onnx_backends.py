@@ -5,7 +5,7 @@ from typing import Any
 
 from dacnn.bench.contenders import Artefact, Loaded
 
-_FILE = "network.onnx"
+FILE = "network.onnx"
 
 
 def write(network: Any, folder: Path, largest_batch: int) -> None:
@@ -20,7 +20,7 @@ def write(network: Any, folder: Path, largest_batch: int) -> None:
     torch.onnx.export(
         classifier_only(network),
         (images,),
-        folder / _FILE,
+        folder / FILE,
         dynamo=True,
         external_data=False,
         verbose=False,
@@ -36,7 +36,7 @@ def _onnxruntime(artefact: Artefact, optimised: bool) -> Loaded:
     options.log_severity_level = 4
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(artefact.folder / _FILE), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(artefact.folder / FILE), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return Loaded(lambda images: session.run(None, {name: images})[0])
 
@@ -62,6 +62,6 @@ def load_openvino(artefact: Artefact) -> Loaded:
         # by itself it would take bfloat16 where the CPU has units for it
         "INFERENCE_PRECISION_HINT": "f32",
     }
-    model = openvino.Core().compile_model(str(artefact.folder / _FILE), "CPU", settings)
+    model = openvino.Core().compile_model(str(artefact.folder / FILE), "CPU", settings)
     request = model.create_infer_request()
     return Loaded(lambda images: request.infer([images], share_inputs=True)[model.output(0)])

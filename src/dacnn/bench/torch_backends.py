@@ -20,7 +20,8 @@ def write(network: Classifier, folder: Path, largest_batch: int) -> None:
     save(network, folder / _WEIGHTS)
 
 
-def _network(artefact: Artefact) -> Classifier:
+def load_network(artefact: Artefact) -> Classifier:
+    """The network that `write` wrote, without gradients; PyTorch has the artefact's threads from then on."""
     torch.set_num_threads(artefact.threads)
     return load(artefact.folder / _WEIGHTS, artefact.into).requires_grad_(False)
 
@@ -31,12 +32,12 @@ def _prepared(network: Classifier) -> Callable[[NDArray[Any]], Tensor]:
 
 def load_eager(artefact: Artefact) -> Loaded:
     """The network, an operator after the other."""
-    network = _network(artefact)
+    network = load_network(artefact)
     return Loaded(torch.inference_mode()(network.logits), _prepared(network))
 
 
 def load_compiled(artefact: Artefact) -> Loaded:
     """The network as `torch.compile` makes it."""
-    network = _network(artefact)
+    network = load_network(artefact)
     # a graph for each batch size, as one would compile it for a server: sizes that may vary cost speed
     return Loaded(torch.no_grad()(torch.compile(network.logits, dynamic=False)), _prepared(network))
