@@ -1,15 +1,13 @@
 """A trained network, ours or a foreign one, as a flat Program: from its `torch.export` graph, one way for all."""
 
-import dataclasses
-from collections.abc import Sequence
-
 import torch
 
-from dacnn.deploy.affine import Affine, Draft, living, merged
+from dacnn.deploy.drafts import Affine, Draft, Unflatten, living, merged, renamed
 from dacnn.deploy.graph import Graph, shape_of
 from dacnn.deploy.kernels import Kernels
+from dacnn.deploy.pixels import as_pixels
 from dacnn.deploy.pointwise import POINTWISE
-from dacnn.deploy.program import IMAGES, Add, Multiply, Operation, Program, ScaleShift, references
+from dacnn.deploy.program import IMAGES, Operation, Program, ScaleShift, references
 from dacnn.deploy.reshapes import RESHAPES
 from dacnn.deploy.translation import Translation
 from dacnn.deploy.weighted import WEIGHTED
@@ -42,15 +40,18 @@ def lower(network: Classifier) -> Program:
     logits = translation.run()
     if len(shape_of(graph.logits)) != 2:
         raise graph.refusal(graph.logits, "the network gives no logits, N x K")
-    drafts = merged(living(translation.steps, logits.name), logits.name)
-    steps, result = _named([_rounded(step, translation.kernels) for step in drafts], logits.name)
+    drafts, result = as_pixels(living(translation.steps, logits.name), logits.name, translation)
+    drafts = merged(drafts, result)
+    names = {IMAGES: IMAGES} | {step.out: f"x{index}" for index, step in enumerate(drafts)}
+    steps = tuple(_rounded(renamed(step, names), translation.kernels) for step in drafts)
     read = {str(name) for step in steps for name in references(step)}
     tensors = {name: tensor for name, tensor in translation.kernels.tensors.items() if name in read}
     name = network.plan.name if isinstance(network, Network) else graph.kind
-    return Program(name, network.input, network.classes, steps, result, tensors)
+    return Program(name, network.input, network.classes, steps, names[result], tensors)
 
 
 def _rounded(step: Draft, kernels: Kernels) -> Operation:
+    assert not isinstance(step, Unflatten)
     if not isinstance(step, Affine):
         return step
     scale, shift = (
@@ -58,15 +59,3 @@ def _rounded(step: Draft, kernels: Kernels) -> Operation:
         for name, tensor in zip(step.names, (step.scale, step.shift), strict=True)
     )
     return ScaleShift(step.out, step.x, scale, shift)
-
-
-def _named(steps: Sequence[Operation], result: str) -> tuple[tuple[Operation, ...], str]:
-    """The steps with short names for their values, in their order."""
-    names = {IMAGES: IMAGES} | {step.out: f"x{index}" for index, step in enumerate(steps)}
-
-    def named(step: Operation) -> Operation:
-        if isinstance(step, Add | Multiply):
-            return dataclasses.replace(step, out=names[step.out], x=names[step.x], y=names[step.y])
-        return dataclasses.replace(step, out=names[step.out], x=names[step.x])
-
-    return tuple(map(named, steps)), names[result]

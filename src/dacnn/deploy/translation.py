@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from dacnn.deploy.affine import Affine, Draft
+from dacnn.deploy.drafts import Affine, Draft, Unflatten
 from dacnn.deploy.graph import Graph, Operation, Shape, operation_of, shape_of
 from dacnn.deploy.kernels import Kernels
 from dacnn.deploy.program import IMAGES, Flatten, Normalize
@@ -55,6 +55,7 @@ class Translation:
         graph: The graph.
         kernels: The tensors that the steps name.
         steps: The steps so far, some of which the logits may not need.
+        shapes: Of what they give, by name, for a batch of two.
     """
 
     def __init__(self, graph: Graph, table: "Mapping[str, Step]") -> None:
@@ -68,8 +69,10 @@ class Translation:
         self._table = table
         self.kernels = Kernels(graph)
         self.steps: list[Draft] = []
+        self.shapes: dict[str, Shape] = {}
         self._values: dict[Node, Value | DeployError] = {}
-        self._flat: dict[str, str] = {}
+        # values by another number of dimensions than they have
+        self._turned: dict[tuple[str, Shape], Value] = {}
         self._count = 0
 
     def run(self) -> Value:
@@ -83,9 +86,7 @@ class Translation:
         """
         for node in self.graph.nodes:
             if node is self.graph.images:
-                name = self._new()
-                self.steps.append(Normalize(name, IMAGES))
-                self._values[node] = Value(name, shape_of(node), self.new_memory())
+                self._values[node] = self.emit(node, lambda out: Normalize(out, IMAGES))
             elif node.op not in ("placeholder", "output") and self.graph.sources(node) is None:
                 self._translate(node)
         return self.as_seen(self.graph.logits, self.graph.logits)
@@ -95,7 +96,8 @@ class Translation:
         try:
             result: Value | DeployError = self._step(node, operation)
         except DeployError as error:
-            result = error
+            # raised once more for everything that follows from it
+            result = error.with_traceback(None)
         if operation is not None and operation.in_place:
             result = self._written_over(operation.arguments, result)
         self._values[node] = result
@@ -130,14 +132,19 @@ class Translation:
         self._count += 1
         return self._count
 
-    def _new(self) -> str:
-        return f"v{self.new_memory()}"
+    def emit(self, node: Node, make: Callable[[str], Draft], shape: Shape | None = None) -> Value:
+        """Add a step.
 
-    def emit(self, node: Node, make: Callable[[str], Draft]) -> Value:
-        """Add a step that gives a value of the node's shape."""
-        name = self._new()
+        Args:
+            node: The node that it comes from.
+            make: From the name of what it gives to the step.
+            shape: Of what it gives; None: that of what the node gives.
+        """
+        shape = shape_of(node) if shape is None else shape
+        name = f"v{len(self.shapes)}"
         self.steps.append(make(name))
-        return Value(name, shape_of(node), self.new_memory())
+        self.shapes[name] = shape
+        return Value(name, shape, self.new_memory())
 
     def refuse(self, node: Node, reason: str) -> DeployError:
         """The error of a node."""
@@ -169,11 +176,16 @@ class Translation:
             return value
         if value.shape == shape:
             return value
+        turned = self._turned.get((value.name, shape)) or self._turn(node, value, shape)
+        self._turned[value.name, shape] = turned
+        return dataclasses.replace(value, name=turned.name, shape=shape)
+
+    def _turn(self, node: Node, value: Value, shape: Shape) -> Value:
+        """Between N x C x H x W and N x F, or N x C x 1 x 1 and N x C."""
         if len(value.shape) == 4 and shape == (value.shape[0], math.prod(value.shape[1:])):
-            if value.name not in self._flat:
-                self._flat[value.name] = self._new()
-                self.steps.append(Flatten(self._flat[value.name], value.name))
-            return dataclasses.replace(value, name=self._flat[value.name], shape=shape)
+            return self.emit(node, lambda out: Flatten(out, value.name), shape)
+        if shape == (*value.shape, 1, 1):
+            return self.emit(node, lambda out: Unflatten(out, value.name, node), shape)
         raise self.refuse(
             node, f"it takes {written(shape)} of what is {written(value.shape)}: leave the images' order as it is"
         )

@@ -50,6 +50,9 @@ def _average_pool(to: Translation, node: Node, given: Arguments) -> Value:
     x = _images(to, node, given["self"])
     size = pair(given["kernel_size"])
     stride = pair(given["stride"] or size)
+    if shape_of(node)[2:] == (1, 1) and all(side < reach for side, reach in zip(x.shape[2:], size, strict=True)):
+        # one window that hangs over on all sides (ceil_mode) is the mean of what is there
+        return to.emit(node, lambda out: GlobalAverage(out, x.name))
     if pair(given["padding"]) != (0, 0):
         raise to.refuse(node, "its windows are padded: expected padding=0")
     if given["divisor_override"] not in (None, math.prod(size)):
@@ -83,8 +86,7 @@ def _mean(to: Translation, node: Node, given: Arguments) -> Value:
         raise to.refuse(
             node, f"a mean over dimensions {dims} of {written(shape)}: expected one over all pixels of N x C x H x W"
         )
-    name = to.emit(node, lambda out: GlobalAverage(out, x.name))
-    return dataclasses.replace(name, shape=(*x.shape[:2], 1, 1))
+    return to.emit(node, lambda out: GlobalAverage(out, x.name), shape=(*x.shape[:2], 1, 1))
 
 
 def _pad(to: Translation, node: Node, given: Arguments) -> Value:

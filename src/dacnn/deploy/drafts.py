@@ -1,15 +1,19 @@
-"""Scales and shifts before they are steps: kept in float64, merged where one follows the other, rounded once."""
+"""Steps in the making: scales and shifts in float64, merged where one follows the other and rounded once."""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
+from torch.fx import Node
 
-from dacnn.deploy.program import Operation, operands
+from dacnn.deploy.program import Add, Multiply, Operation, operands
 
-# C channels
+# N images, C channels, F features
+
+D = TypeVar("D", bound="Draft")
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,35 @@ class Affine:
         return f"{before}scale", self.shift_name or f"{before}shift"
 
 
-Draft = Operation | Affine
+@dataclass(frozen=True)
+class Unflatten:
+    """N x F -> N x F x 1 x 1, which is no step: what gives such a value is changed, see `dacnn.deploy.pixels`.
+
+    Attributes:
+        out: Name of what it gives.
+        x: Name of what it takes.
+        node: Who wants it.
+    """
+
+    out: str
+    x: str
+    node: Node
+
+
+Draft = Operation | Affine | Unflatten
 
 
 def taken(step: Draft) -> tuple[str, ...]:
     """The values that a step takes."""
-    return (step.x,) if isinstance(step, Affine) else operands(step)
+    return (step.x,) if isinstance(step, Affine | Unflatten) else operands(step)
+
+
+def renamed(step: D, names: Mapping[str, str]) -> D:
+    """A step that takes and gives values of other names, where there are any."""
+    changes = {field: names.get(getattr(step, field), getattr(step, field)) for field in ("out", "x")}
+    if isinstance(step, Add | Multiply):
+        changes["y"] = names.get(step.y, step.y)
+    return dataclasses.replace(step, **changes)
 
 
 def living(steps: Sequence[Draft], result: str) -> list[Draft]:
