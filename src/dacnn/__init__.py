@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dacnn.checkpoint import load, save
     from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
+    from dacnn.deploy.packed import pack
     from dacnn.errors import DacnnError
     from dacnn.measure.audit import audit
     from dacnn.measure.count import count
@@ -49,6 +50,7 @@ _HOMES = {
     "fold": "networks.fold",
     "load": "checkpoint",
     "measure_training_memory": "measure.memory",
+    "pack": "deploy.packed",
     "predict": "prediction",
     "predict_training_memory": "measure.memory",
     "read_config": "config",
@@ -82,6 +84,7 @@ __all__ = [
     "fold",
     "load",
     "measure_training_memory",
+    "pack",
     "predict",
     "predict_training_memory",
     "read_config",

@@ -1,7 +1,7 @@
 """Steps of a program in PyTorch, on one device: each as a function of the values that it takes.
 
-Activations are in channels-last memory. On a CPU oneDNN convolves, with kernels that are packed once; what it cannot take, and every
-other device, gets PyTorch's own convolution.
+Activations are in channels-last memory. On a CPU oneDNN convolves, with kernels that are packed once; kernels that are
+expressions, and other devices, get PyTorch's own convolution.
 """
 
 import math
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dacnn.deploy import onednn
-from dacnn.deploy.fusion import Factors, Stored, Task, scale_and_shift
+from dacnn.deploy.fusion import Stored, Task
 from dacnn.deploy.program import (
     Activate,
     Add,
@@ -43,6 +43,7 @@ from dacnn.sharing.anchors import repeat_kernel
 # N images, C channels, H rows, W columns, O output channels, I input channels
 
 Call = Callable[..., Tensor]
+Factors = NDArray[np.float64]
 _LAST = torch.channels_last
 # a factor of 2 to minus this, or an addend this much larger than what it is added to, leaves float32 nothing to see
 _UNSEEN_BITS = 100
@@ -62,8 +63,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor, bool], Tensor]] = {
 def factor_and_addend(scale: Factors, shift: Factors | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Factor f and addend b so that (x + b) * f is x * scale + shift: what oneDNN does as it stores.
 
-    The addend is shift / f, whose rounding is of the size of the shift's. Where the scale is 0, or so small beside the shift that
-    float32 cannot hold the quotient, f is a power of two at which b swallows x without a trace: the sum is the shift, exactly.
+    The addend is shift / f, whose rounding is of the size of the shift's. Where the scale is 0, or so small beside the shift
+    that float32 cannot hold the quotient, f is a power of two at which b swallows x without a trace: what comes out is the
+    shift, exactly.
 
     Args:
         scale: Shape (C,).
@@ -138,10 +140,16 @@ def call_of(task: Task, held: Held, tensors: Tensors, input: Input) -> tuple[Cal
             return _linear(step, held, tensors)
         return _convolution(step, step.step, held, tensors)
     if isinstance(step, ScaleShift):
-        return _scale_shift(*_terms(*scale_and_shift((step,), tensors), held.device), task.owned)
+        return _scale_shift(*_terms(*_factors(step, tensors), held.device), task.owned)
     if isinstance(step, Normalize):
         return _normalize(input, held)
     return _elementary(step, task.owned), []
+
+
+def _factors(affine: ScaleShift | None, tensors: Tensors) -> tuple[Factors | None, Factors | None]:
+    scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
+    made = [None if one is None else tensors[_name(one)].astype(np.float64) for one in (scale, shift)]
+    return made[0], made[1]
 
 
 def _terms(scale: Factors | None, shift: Factors | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -172,7 +180,7 @@ def _convolution(stored: Stored, step: Convolve, held: Held, tensors: Tensors) -
             x = x.to(held.dtype)
         return (x if even else F.pad(x, margin)).contiguous(memory_format=_LAST)
 
-    scale, shift = scale_and_shift(stored.affine, tensors)
+    scale, shift = _factors(stored.affine, tensors)
     packed = held.packed.get(_name(step.kernel.tensor)) if isinstance(step.kernel, StoredKernel) else None
     if packed is None:
         behind, own = _scale_shift(*_terms(scale, shift, held.device), True)
@@ -196,7 +204,7 @@ def _convolution(stored: Stored, step: Convolve, held: Held, tensors: Tensors) -
 
 def _linear(stored: Stored, held: Held, tensors: Tensors) -> tuple[Call, list[Tensor]]:
     kernel = stored.step.kernel
-    scale, shift = _terms(*scale_and_shift(stored.affine, tensors), held.device)
+    scale, shift = _terms(*_factors(stored.affine, tensors), held.device)
 
     def call(x: Tensor) -> Tensor:
         # in float32: these are few products, and the logits come from them

@@ -47,7 +47,7 @@ class Graphs:
         """
         with self._lock:
             if self._stream is None:
-                self._stream = torch.cuda.Stream(images.device)
+                self._stream = torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
             stream, current = self._stream, torch.cuda.current_stream(images.device)
             stream.wait_stream(current)
             with torch.cuda.stream(stream):

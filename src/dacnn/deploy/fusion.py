@@ -1,31 +1,14 @@
 """Steps of a program, each with those behind it that can be done while its values are stored.
 
-A convolution or a linear step takes along the scales and shifts that alone read it, and a ReLU behind them. What the steps
+A convolution or a linear step takes along the scale and shift that alone reads it, and a ReLU behind that. What the steps
 give is the same; there are fewer values.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dacnn.deploy.program import (
-    Activate,
-    Flatten,
-    KernelStep,
-    Normalize,
-    Operation,
-    Program,
-    ScaleShift,
-    Tensors,
-    operands,
-)
-from dacnn.errors import ConfigError
-
-# C channels
-
-Factors = NDArray[np.float64]
+from dacnn.deploy.program import Activate, Flatten, KernelStep, Normalize, Operation, Program, ScaleShift, operands
+from dacnn.deploy.shapes import flat_steps
 
 
 @dataclass(frozen=True)
@@ -35,45 +18,17 @@ class Stored:
     Attributes:
         out: Name of what it gives.
         step: The convolution or linear step.
-        affine: Scales and shifts of it, the first one first.
+        affine: Scale and shift of it.
         relu: Whether a ReLU ends it.
     """
 
     out: str
     step: KernelStep
-    affine: tuple[ScaleShift, ...] = ()
+    affine: ScaleShift | None = None
     relu: bool = False
 
     def __str__(self) -> str:
-        return " ".join([str(self.step), *(str(one).removeprefix(one.x).strip() for one in self.affine), "relu" * self.relu])
-
-
-def scale_and_shift(affine: tuple[ScaleShift, ...], tensors: Tensors) -> tuple[Factors | None, Factors | None]:
-    """Scales and shifts as one: (x * s + t) * u + v = x * (s * u) + (t * u + v), in float64.
-
-    Args:
-        affine: The steps, the first one first.
-        tensors: The program's.
-
-    Returns:
-        Scale and shift, each of shape (C,), or None where there is none.
-    """
-    scale: Factors | None = None
-    shift: Factors | None = None
-    for one in affine:
-        if one.scale is not None:
-            factor = _tensor(tensors, one.scale)
-            scale = factor if scale is None else scale * factor
-            shift = None if shift is None else shift * factor
-        if one.shift is not None:
-            term = _tensor(tensors, one.shift)
-            shift = term if shift is None else shift + term
-    return scale, shift
-
-
-def _tensor(tensors: Tensors, reference: object) -> Factors:
-    assert isinstance(reference, str), "a row of a table in a program without loops"
-    return tensors[reference].astype(np.float64)
+        return f"{self.step}{f', {self.affine}' if self.affine else ''}{', relu' * self.relu}"
 
 
 @dataclass(frozen=True)
@@ -97,13 +52,13 @@ def tasks(program: Program) -> tuple[Task, ...]:
     """What is to be run, in order.
 
     Args:
-        program: A program without loops.
+        program: A flat program.
 
     Returns:
         Its steps, each once, alone or taken along by another.
 
     Raises:
-        ConfigError: The program has loops.
+        DeployError: The program has loops.
     """
     steps = _merged(program)
     last = {value: index for index, step in enumerate(steps) for value in _taken(step)}
@@ -114,7 +69,7 @@ def tasks(program: Program) -> tuple[Task, ...]:
         spent = tuple(value for value in dict.fromkeys(values) if last[value] == index and value != program.result)
         owned = values[0] in spent and values[0] in own and values.count(values[0]) == 1
         found.append(Task(step, values, spent, owned))
-        # the others may give a view, or the very tensor that they were given
+        # these may give a view, or the very tensor that they were given
         if not isinstance(step, Normalize | Flatten | ScaleShift):
             own.add(step.out)
     return tuple(found)
@@ -125,26 +80,29 @@ def _taken(step: Operation | Stored) -> tuple[str, ...]:
 
 
 def _merged(program: Program) -> list[Operation | Stored]:
-    flat = list(program.operations())
-    if len(flat) != len(program.steps):
-        raise ConfigError(f"program '{program.name}' has loops or branches: pack it as it was before they were rolled")
+    flat = flat_steps(program)
     reads = Counter(value for step in flat for value in operands(step))
     reads[program.result] += 1
     only_reader = {value: step for step in flat for value in operands(step) if reads[value] == 1}
     merged: list[Operation | Stored] = []
     along: set[str] = set()
     for step in flat:
-        if step.out in along:
-            continue
-        if not isinstance(step, KernelStep):
+        if isinstance(step, KernelStep):
+            stored = _with_what_follows(step, only_reader)
+            # the value that it gives has the name of the last step that it takes along
+            along |= {stored.affine.out} if stored.affine else set()
+            along |= {stored.out} - {step.out}
+            merged.append(stored)
+        elif step.out not in along:
             merged.append(step)
-            continue
-        out, affine, relu = step.out, [], False
-        while isinstance(behind := only_reader.get(out), ScaleShift):
-            affine.append(behind)
-            out = behind.out
-        if isinstance(behind, Activate) and behind.kind == "relu":
-            out, relu = behind.out, True
-        along |= {one.out for one in affine} | ({out} if relu else set())
-        merged.append(Stored(out, step, tuple(affine), relu))
     return merged
+
+
+def _with_what_follows(step: KernelStep, only_reader: dict[str, Operation]) -> Stored:
+    out, affine, relu = step.out, None, False
+    behind = only_reader.get(out)
+    if isinstance(behind, ScaleShift):
+        out, affine, behind = behind.out, behind, only_reader.get(behind.out)
+    if isinstance(behind, Activate) and behind.kind == "relu":
+        out, relu = behind.out, True
+    return Stored(out, step, affine, relu)

@@ -46,7 +46,7 @@ Shape = tuple[int, ...]
 def is_available() -> bool:
     """Whether this PyTorch can pack kernels."""
     names = ("_convolution_pointwise", "_reorder_convolution_weight", "_nbytes", "data_ptr")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return torch._C._has_mkldnn and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 def reorder(plain: Tensor, geometry: Geometry, images: Shape) -> Tensor:
@@ -213,7 +213,8 @@ class PackedKernel:
     def describe(self) -> str:
         """One line: its packs, and who reads which."""
         held = [
-            f"{' '.join(f'{rows}x{columns}' for rows, columns in sizes)}{'' if layout in self._packs else ' (reordered at every call)'}"
+            " ".join(f"{rows}x{columns}" for rows, columns in sizes)
+            + " (made at every call)" * (layout not in self._packs)
             for layout, sizes in self.readers.items()
         ]
         packs = f"{len(self._packs)} pack{'s' * (len(self._packs) != 1)}"

@@ -1,9 +1,10 @@
 """`pack`: a network as a PyTorch callable for servers, each kernel packed once and read by all its layers."""
 
-import threading
+import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,23 +12,24 @@ from dacnn.deploy import onednn
 from dacnn.deploy.arithmetic import Held, call_of
 from dacnn.deploy.cuda_graphs import Graphs
 from dacnn.deploy.fusion import Stored, Task, tasks
+from dacnn.deploy.lower import lower
 from dacnn.deploy.program import IMAGES, Convolve, KernelStep, Program, StoredKernel, references
-from dacnn.errors import ConfigError, ShapeError
+from dacnn.deploy.shapes import shapes
+from dacnn.errors import ConfigError, DeployError, ShapeError
 from dacnn.networks.classifier import Classifier
 from dacnn.training.precision import best_device, cpu_name, has_bfloat16_units
 
 # N images, C channels, H rows, W columns, K classes
 
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# shapes of images that are known to go through
-_MOST_SHAPES = 256
+# sizes of images that are known to go through
+_MOST_SIZES = 256
 
 
 class Packed:
     """A network ready to serve. Many threads may call it at once; it changes nothing that they can see.
 
     Attributes:
-        program: What it runs.
         device: Where it runs.
         dtype: Number format of activations and kernels; sums, the linear layers and the logits are float32.
     """
@@ -36,11 +38,7 @@ class Packed:
         """Pack a program; `pack` chooses the arguments."""
         self.device = device
         self.dtype = dtype
-        self._name = program.name
         self._reason = reason
-        self._input = program.input
-        self._classes = len(program.classes)
-        self._result = program.result
         self._tasks = tasks(program)
         self._held = _hold(program, device, dtype)
         made = [call_of(task, self._held, program.tensors, program.input) for task in self._tasks]
@@ -48,7 +46,8 @@ class Packed:
             (call, task) for (call, _), task in zip(made, self._tasks, strict=True)
         ]
         self._terms_bytes = sum(one.nbytes for _, own in made for one in own)
-        self._shapes: set[tuple[int, ...]] = set()
+        self._outline = _outline(program)
+        self._sizes: set[tuple[int, int]] = set()
         self._graphs = Graphs(self._run) if device.type == "cuda" else None
         of = program.input
         # packs every kernel, as images of the size that the network was trained for want it
@@ -74,19 +73,17 @@ class Packed:
         """
         self._check(images)
         if len(images) == 0:
-            return torch.zeros(0, self._classes, device=self.device)
-        images = images.detach().to(self.device)
-        if images.dtype != torch.uint8:
-            images = images.float()
+            return torch.zeros(0, len(self._outline.classes), device=self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            if tuple(images.shape) not in self._shapes:
-                self._try(images)
+            images = images.to(self.device)
             return self._run(images) if self._graphs is None else self._graphs(images)
 
     def _check(self, images: object) -> None:
-        channels = self._input.channels
+        channels = self._outline.input.channels
         if not isinstance(images, Tensor):
-            raise ShapeError(f"images are a {type(images).__name__}: expected a PyTorch tensor: torch.from_numpy makes one of an array")
+            raise ShapeError(
+                f"images are a {type(images).__name__}: expected a tensor: torch.from_numpy makes one of an array"
+            )
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ShapeError(f"images are {images.dtype}: expected uint8, or normalised floats: convert them")
         axis = 3 if images.dtype == torch.uint8 else 1
@@ -95,20 +92,19 @@ class Packed:
                 f"{images.dtype} images have shape {tuple(images.shape)}: expected N x {channels} x H x W "
                 f"(or uint8, N x H x W x {channels})"
             )
+        rows, columns = images.shape[1:3] if axis == 3 else images.shape[2:]
+        if (rows, columns) not in self._sizes:
+            self._check_size(max(len(images), 1), rows, columns)
 
-    def _try(self, images: Tensor) -> None:
-        """Run images of a new size, where an operator's refusal is told as what it is."""
+    def _check_size(self, count: int, rows: int, columns: int) -> None:
+        """Refuse images of a size that the steps cannot take."""
         try:
-            self._run(images[:1])
-        except RuntimeError as error:
-            of = self._input
-            raise ShapeError(
-                f"images of shape {tuple(images.shape)} do not go through '{self._name}', made for {of.height} x {of.width} "
-                f"pixels: {str(error).splitlines()[0]}"
-            ) from error
-        if len(self._shapes) >= _MOST_SHAPES:
-            self._shapes = set()
-        self._shapes.add(tuple(images.shape))
+            shapes(self._outline, count, rows, columns)
+        except DeployError as error:
+            raise ShapeError(str(error)) from error
+        # a server meets few sizes; whoever sends many has them checked again
+        if len(self._sizes) < _MOST_SIZES:
+            self._sizes.add((rows, columns))
 
     def _run(self, images: Tensor) -> Tensor:
         values = {IMAGES: images}
@@ -118,24 +114,25 @@ class Packed:
                 del values[name]
             values[task.step.out] = call(*given)
             del given
-        return values[self._result].float()
+        return values[self._outline.result].float()
 
     def describe(self) -> str:
         """What was chosen and why, in lines: number format, packs of every kernel, what is evaluated when it is read."""
         fused = sum(isinstance(task.step, Stored) for task in self._tasks)
         lines = [
-            f"{self._name} on {self._where()}: {self._reason}; {self.nbytes:,} bytes held",
+            f"{self._outline.name} on {self._where()}: {self._reason}; {self.nbytes:,} bytes held",
             f"{len(self._tasks)} steps, {fused} of them with scale, shift and ReLU done while values are stored",
         ]
         lines += [kernel.describe() for kernel in self._held.packed.values()]
-        lines += [f"{name} {'x'.join(map(str, one.shape))}: as stored, {one.nbytes:,} bytes" for name, one in self._held.plain.items()]
+        for name, one in self._held.plain.items():
+            lines.append(f"{name} {'x'.join(map(str, one.shape))}: as stored, {one.nbytes:,} bytes")
         return "\n".join(lines)
 
     def _where(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
 
     def __repr__(self) -> str:
-        return f"<Packed {self._name}: {self._reason}, {self.nbytes:,} bytes>"
+        return f"<Packed {self._outline.name}: {self._reason}, {self.nbytes:,} bytes>"
 
 
 def pack(
@@ -148,15 +145,16 @@ def pack(
 
     Args:
         network: The network, or a program without loops.
-        dtype: Number format of activations and kernels of convolutions. `bfloat16` halves the time where the device has units for
-            it; where it has none, float32 is used and `describe()` says so. `auto` is `bfloat16` where there are units.
+        dtype: Number format of activations and of the kernels of convolutions. `bfloat16` halves the time where the device has
+            units for it; where it has none, float32 is used and `describe()` says so. `auto` is the faster of the two.
         device: `cpu` or `cuda`; None is the GPU where there is one.
 
     Returns:
         The callable.
 
     Raises:
-        ConfigError: No such dtype or device, or the program has loops.
+        ConfigError: No such dtype or device.
+        DeployError: The network cannot be lowered, or the program has loops.
 
     Example:
         >>> import dacnn, torch
@@ -166,8 +164,7 @@ def pack(
     """
     place = _device(device)
     chosen, reason = _format(dtype, place)
-    assert isinstance(network, Program)
-    program = network
+    program = network if isinstance(network, Program) else lower(network)
     return Packed(program, place, chosen, reason)
 
 
@@ -194,6 +191,12 @@ def _format(dtype: str, place: torch.device) -> tuple[torch.dtype, str]:
     if dtype == "auto":
         return (torch.bfloat16, f"bfloat16, for which this {what} has units") if units else (torch.float32, "float32")
     return _FORMATS[dtype], dtype
+
+
+def _outline(program: Program) -> Program:
+    """The program with tensors that have their shapes and take no memory."""
+    empty = {name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in program.tensors.items()}
+    return dataclasses.replace(program, tensors=empty)
 
 
 def _hold(program: Program, device: torch.device, dtype: torch.dtype) -> Held:
