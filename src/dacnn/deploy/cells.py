@@ -240,13 +240,13 @@ def kept_operands(cell: Cell, needed: Collection[str]) -> dict[int | str, Kept] 
     for value in sorted(needed):
         if value in made and value != cell.result:
             wanted[value] = [((cell.turns, 0), value)]
-    found = {key: _kept(demands, latest, made | {cell.start}) for key, demands in wanted.items()}
+    found = {key: _kept(demands, latest, made) for key, demands in wanted.items()}
     return None if None in found.values() else {key: kept for key, kept in found.items() if kept is not None}
 
 
-def _kept(demands: Sequence[tuple[Moment, str]], latest: dict[str, Moment], inside: Collection[str]) -> Kept | None:
+def _kept(demands: Sequence[tuple[Moment, str]], latest: dict[str, Moment], made: Collection[str]) -> Kept | None:
     values = {value for _, value in demands}
-    if len(values) == 1 and not values & set(inside):
+    if len(values) == 1 and not values & set(made):
         return Kept(outside=values.pop())
     here = {latest[value][1] if latest.get(value, (-1, -1))[0] == moment[0] else None for moment, value in demands}
     if len(here) == 1 and None not in here:

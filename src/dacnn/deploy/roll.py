@@ -128,7 +128,7 @@ class _Writer:
     prefix: str
     values: int = 0
     names: dict[int, str] = field(default_factory=dict)
-    now: dict[int | str, str] = field(default_factory=dict)
+    now: dict[int | str | None, str] = field(default_factory=dict)
 
     def loop(self) -> Loop:
         """The loop, or the loop around it where the end of a turn is left out of most."""
@@ -194,7 +194,7 @@ class _Writer:
             inside[None] = self.cell.result
         self._enter(inside)
         steps = tuple(body())
-        last = {None: self.names[max(self.names)], **self.now}
+        last: dict[int | str | None, str] = {**self.now, None: self.names[max(self.names)]}
         self._enter(inside)
         return Loop(counts, tuple(Carried(inside[key], starts[key], last[key]) for key in starts), steps)
 
