@@ -232,30 +232,28 @@ def bench_table(bench: Bench) -> RenderableType:
     """A contender a row, the shared network's first; then what was measured, where, and who could not run."""
     headings = ["file kB", "memory MB"]
     for batch in bench.batches:
-        headings += [f"batch {batch}\nms", "from - to\nms", "of peak"]
-    title = f"{bench.network}: {bench.cpu}, {bench.threads} thread(s), {bench.rounds} round(s)"
-    table = _table(escape(title), "back end", right=(*headings, "top-1", "error"))
-    side = bench.rows[0].side if bench.rows else None
-    for row in bench.rows:
-        if row.failure is None:
-            if row.side != side:
-                table.add_section()
-            side = row.side
-            table.add_row(f"{row.contender.name}{' (twin)' * (row.side == 'twin')}", *_bench_figures(row))
-    failed = [Text(f"{row.contender.name} ({row.side}): {row.failure}") for row in bench.rows if row.failure is not None]
-    notes = [f"no unshared twin: {bench.twin}"] if bench.twin else []
-    compared = f"top-1 and error: against float64, {bench.images:,} images ({bench.source})"
-    work = (
-        f"{bench.macs / 1e6:,.1f} M multiply-adds an image; peak {bench.peak_macs_per_second / 1e9:,.1f} G a second in float32"
-    )
-    return Group(table, *failed, *map(Text, (*notes, f"{compared}; {work}")))
+        headings += [f"batch {batch}\nms", "\n±", "of\npeak"]
+    table = _table(escape(f"{bench.network}: {bench.cpu}"), "", right=(*headings, "top-1", "error"))
+    table.columns[0].overflow = "fold"
+    for side in dict.fromkeys(row.side for row in bench.rows):
+        table.add_section()
+        table.add_row(Text({"shared": "shared", "twin": "unshared twin"}[side], style="bold"))
+        for row in bench.rows:
+            if row.side == side and row.failure is None:
+                table.add_row(row.contender.name, *_bench_figures(row))
+    lines = [f"{row.contender.name} ({row.side}): {row.failure}" for row in bench.rows if row.failure is not None]
+    lines += [f"no unshared twin: {bench.twin}"] if bench.twin else []
+    compared = f"top-1 and error against float64 on {bench.images:,} images ({bench.source})"
+    timed = f"{bench.threads} thread(s), medians of {bench.rounds} round(s), ±: half of what lies between the extreme ones"
+    peak = f"peak {bench.peak_macs_per_second / 1e9:,.1f} G multiply-adds a second in float32"
+    lines += ["", f"{timed}; {compared}; {bench.macs / 1e6:,.1f} M multiply-adds an image, {peak}"]
+    return Group(table, *map(Text, lines))
 
 
 def _bench_figures(row: Row) -> list[str]:
-    memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / 1e6:,.2f}"
-    cells = [f"{(row.file_bytes or 0) / 1e3:,.1f}", memory]
+    memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / 1e6:,.1f}"
+    cells = [f"{(row.file_bytes or 0) / 1e3:,.0f}", memory]
     for latency in row.latencies:
-        seconds = (latency.seconds, latency.low_seconds, latency.high_seconds)
-        middle, low, high = (f"{1e3 * value:,.2f}" for value in seconds)
-        cells += [middle, f"{low} - {high}", f"{latency.peak_share:.0%}"]
-    return [*cells, f"{row.top1_agreement:.2%}", f"{row.max_error:.1e}"]
+        spread = (latency.high_seconds - latency.low_seconds) / 2 / latency.seconds
+        cells += [f"{1e3 * latency.seconds:,.2f}", f"{spread:.0%}", f"{latency.peak_share:.0%}"]
+    return [*cells, f"{row.top1_agreement:.1%}", f"{row.max_error:.0e}"]

@@ -160,6 +160,7 @@ class _Bench:
             np.save(folder / f"tiny-{takes}.npy", tiny_images(takes))
         # what was written, by the function that wrote it; or why it could not be
         self.written: dict[tuple[str, Side], Path | str] = {}
+        self.writer: Child | None = None
 
     @property
     def largest_batch(self) -> int:
@@ -181,6 +182,8 @@ class _Bench:
                         self._prepare(runner, tick)
                 except (ArtefactError, ValueError) as error:
                     runner.fail(error)
+        # nothing but the contenders shall be there when they are timed
+        self._end_writer()
         return runners
 
     def _prepare(self, runner: _Runner, tick: Callable[[int, int], None]) -> None:
@@ -214,25 +217,32 @@ class _Bench:
         key = (contender.write, side)
         if key not in self.written:
             folder = self.folder / f"{contender.name}-{side}"
-            with Child(self.settings.threads, folder.with_suffix(".write.log")) as child:
-                try:
-                    child.ask(
-                        "write",
-                        _TIMEOUT_SECONDS,
-                        write=contender.write,
-                        weights=str(self.folder / f"{side}.safetensors"),
-                        into=self.settings.into,
-                        folder=str(folder),
-                        tiny=str(folder.with_suffix(".tiny")),
-                        largest_batch=self.largest_batch,
-                    )
-                    self.written[key] = folder
-                except ArtefactError as error:
-                    self.written[key] = str(error)
+            try:
+                # it takes seconds to start, so that it writes for all; where it fails, the next has a fresh one
+                self.writer = self.writer or self._start("writer")
+                self.writer.ask(
+                    "write",
+                    _TIMEOUT_SECONDS,
+                    write=contender.write,
+                    weights=str(self.folder / f"{side}.safetensors"),
+                    into=self.settings.into,
+                    folder=str(folder),
+                    tiny=str(folder.with_suffix(".tiny")),
+                    largest_batch=self.largest_batch,
+                )
+                self.written[key] = folder
+            except ArtefactError as error:
+                self.written[key] = str(error)
+                self._end_writer()
         found = self.written[key]
         if isinstance(found, str):
             raise ArtefactError(f"cannot be written: {found}")
         return found
+
+    def _end_writer(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
 
     def _load(self, child: Child, load: str, folder: Path, tiny: Path | None, takes: str) -> dict[str, Any]:
         return child.ask(
