@@ -496,6 +496,22 @@ def test_scales_and_shifts_in_a_row_are_one_step_where_nobody_else_reads() -> No
     assert len([step for step in program.operations() if isinstance(step, ScaleShift)]) == 2
 
 
+def test_what_is_stored_keeps_its_name_and_what_is_computed_from_it_has_another() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x).relu()
+        scaled, moved, away = (f(y, self.gamma[:, None, None]).relu() for f in (torch.mul, torch.add, torch.sub))
+        return pooled(scaled + moved + away)
+
+    network = network_of(forward, gamma=gamma())
+    program = lower(network)
+    check_agrees(program, network)
+    moved = [step for step in program.operations() if isinstance(step, ScaleShift)]
+    assert [(step.scale, step.shift) for step in moved] == [
+        (None, "module.stem.bias"), ("module.gamma", None), (None, "module.gamma"), (None, "module.shift"),
+    ]  # fmt: skip
+    assert np.array_equal(program.tensors["module.gamma"], network.state_dict()["module.gamma"].numpy())
+
+
 def test_a_reshape_to_the_same_shape_is_no_step() -> None:
     program = lowered(lambda self, x: pooled(self.stem(x).flatten().view(x.shape[0], 4, 8, 8).contiguous()))
     names = [type(step).__name__ for step in program.steps]
