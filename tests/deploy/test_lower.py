@@ -395,6 +395,7 @@ WORKING: dict[str, tuple[Callable[[Any, torch.Tensor], Any], dict[str, Any]]] = 
     "hardtanh": activated(lambda x: F.hardtanh(x, -0.5, 0.7)),
     "clamp-below": activated(lambda x: x.clamp(min=0.25)),
     "clamp-above": activated(lambda x: x.clamp(max=0.25)),
+    "clamp-in-place": activated(lambda x: x.clamp_(min=torch.tensor(0.25)) + x),
     "clamp-to-relu": activated(lambda x: x.clamp_min(0)),
     "sigmoid": activated(torch.sigmoid),
     "silu": activated(F.silu),
@@ -598,6 +599,7 @@ REFUSED: dict[str, tuple[Callable[[Any, torch.Tensor], Any], dict[str, Any], str
         {"calls": nn.Parameter(torch.zeros(()), requires_grad=False)},
         "aten.add .* changes what is stored",
     ),
+    "sum-into-a-constant": (lambda self, x: pooled(torch.zeros(2, 4, 8, 8).add_(self.stem(x))), {}, "aten.add .* changes"),
     "features-of-whole-images": (
         lambda self, x: pooled(self.conv(self.linear(self.stem(x).flatten(1)).view(-1, 4, 1, 1))),
         {"linear": nn.Linear(256, 4), "conv": conv(size=1)},

@@ -181,7 +181,7 @@ class Graph:
             operation = operation_of(node)
             # `detach_` stands behind tensors that a forward pass writes as numbers
             if operation and operation.in_place and operation.name != "detach":
-                yield node.all_input_nodes[0], node
+                yield cast(Node, node.args[0]), node
 
     @property
     def kind(self) -> str:
