@@ -170,15 +170,13 @@ def _normalize(input: Input, held: Held) -> tuple[Call, list[Tensor]]:
 
 
 def _convolution(stored: Stored, step: Convolve, held: Held, tensors: Tensors) -> tuple[Call, list[Tensor]]:
-    above, left, below, right = step.padding
-    even = (above, left) == (below, right)
-    margin = [left, right, above, below]
-    geometry = onednn.Geometry(step.stride, (above, left) if even else (0, 0), step.dilation, step.groups)
+    slide = onednn.slide_of(step)
+    geometry, margin = slide.geometry, slide.margin
 
     def padded(x: Tensor) -> Tensor:
         if x.dtype is not held.dtype:
             x = x.to(held.dtype)
-        return (x if even else F.pad(x, margin)).contiguous(memory_format=_LAST)
+        return (x if margin is None else F.pad(x, margin)).contiguous(memory_format=_LAST)
 
     scale, shift = _factors(stored.affine, tensors)
     packed = held.packed.get(_name(step.kernel.tensor)) if isinstance(step.kernel, StoredKernel) else None

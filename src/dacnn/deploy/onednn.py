@@ -19,7 +19,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dacnn.deploy.program import Convolve
+
 # N images, C channels, H rows, W columns, O output channels, I input channels
+
+Shape = tuple[int, ...]
 
 # packs of one kernel: enough for the sizes of a network's stages, and a bound where images of many sizes come
 _MOST_PACKS = 3
@@ -40,7 +44,30 @@ class Geometry:
     groups: int = 1
 
 
-Shape = tuple[int, ...]
+@dataclass(frozen=True)
+class Slide:
+    """How a step's kernel is slid over images that may have to be padded first: oneDNN takes even padding alone.
+
+    Attributes:
+        geometry: How the kernel is slid over the padded images.
+        margin: Zeros to the left, right, above and below that are put around them before; None: none.
+    """
+
+    geometry: Geometry
+    margin: tuple[int, int, int, int] | None
+
+    def padded(self, images: Shape) -> Shape:
+        """Shape of the padded images."""
+        left, right, above, below = self.margin or (0, 0, 0, 0)
+        return (*images[:2], images[2] + above + below, images[3] + left + right)
+
+
+def slide_of(step: Convolve) -> Slide:
+    """How a step slides its kernel."""
+    above, left, below, right = step.padding
+    if (above, left) == (below, right):
+        return Slide(Geometry(step.stride, (above, left), step.dilation, step.groups), None)
+    return Slide(Geometry(step.stride, (0, 0), step.dilation, step.groups), (left, right, above, below))
 
 
 def is_available() -> bool:

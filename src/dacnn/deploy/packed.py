@@ -1,6 +1,8 @@
 """`pack`: a network as a PyTorch callable for servers, each kernel packed once and read by all its layers."""
 
+import ctypes
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Literal
 
@@ -50,8 +52,18 @@ class Packed:
         self._sizes: set[tuple[int, int]] = set()
         self._graphs = Graphs(self._run) if device.type == "cuda" else None
         of = program.input
-        # packs every kernel, as images of the size that the network was trained for want it
+        self._pack_for((1, of.height, of.width, of.channels))
+        # generates the code that the first images would wait for
         self(torch.zeros(1, of.height, of.width, of.channels, dtype=torch.uint8))
+        _give_back_freed_memory()
+
+    def _pack_for(self, images: tuple[int, int, int, int]) -> None:
+        """Pack every kernel as images, N x H x W x C, want it: before there are activations, between which packs would lie."""
+        found = shapes(self._outline, *images[:3])
+        for step in self._outline.operations():
+            if isinstance(step, Convolve) and isinstance(step.kernel.tensor, str) and step.kernel.tensor in self._held.packed:
+                slide = onednn.slide_of(step)
+                self._held.packed[step.kernel.tensor].read(slide.geometry, slide.padded(found[step.x]))
 
     @property
     def nbytes(self) -> int:
@@ -197,6 +209,13 @@ def _outline(program: Program) -> Program:
     """The program with tensors that have their shapes and take no memory."""
     empty = {name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in program.tensors.items()}
     return dataclasses.replace(program, tensors=empty)
+
+
+def _give_back_freed_memory() -> None:
+    """Ask the C library for it, where it can: it would keep what packing needed for a moment, which is more than what stays."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _hold(program: Program, device: torch.device, dtype: torch.dtype) -> Held:
