@@ -158,6 +158,29 @@ PROGRAMS: dict[str, Program] = {
         **tables(3),
         late=drawn(2, C, seed=2),
     ),
+    "shared and computed kernels outside of loops": program(
+        *(
+            step
+            for x, out in (("x", "q"), ("q", "r"))
+            for step in (
+                Convolve(f"{out}.c", x, StoredKernel("k"), padding=SAME),
+                ScaleShift(f"{out}.s", f"{out}.c", f"{out}.scale", f"{out}.shift"),
+                Activate(out, f"{out}.s"),
+            )
+        ),
+        Convolve("t", "r", CombinedKernel("bank", "co"), padding=SAME),
+        Convolve("u", "t", CombinedKernel("bank", "other.co"), padding=SAME),
+        Convolve("y", "u", RepeatedKernel("base", "g", "s"), padding=SAME),
+        channels=6 * C,
+        k=drawn(C, C, 3, 3),
+        bank=drawn(2, C, C, 3, 3),
+        co=drawn(2),
+        other_co=drawn(2, seed=1),
+        base=drawn(C, C, 3, 3, seed=1),
+        g=drawn(6, 1),
+        s=drawn(6, 1, seed=1),
+        **{f"{out}_{name}": drawn(C, seed=ord(out)) for out in "qr" for name in ("scale", "shift")},
+    ),
     "one kernel in two bodies": program(
         Loop((2,), (Carried("u", "x", "r"),), layer("u", "r")),
         Loop((2,), (Carried("y", "u", "s"),), layer("y", "s")),
@@ -228,7 +251,7 @@ def test_the_fast_form_keeps_a_kernel_in_the_one_body_that_reads_it() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["nested", "residual", "combinations", "tiles"])
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_the_optimiser_of_a_runtime_makes_no_copies_of_a_kernel(name: str, form: str, tmp_path: Path) -> None:
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")

@@ -41,7 +41,7 @@ def to_onnx(program: Program, *, float_input: bool = False) -> "onnx.ModelProto"
     """
     if any(isinstance(step, Loop | Branch) for step in program.steps):
         raise DeployError(f"{program.name}: the program has loops: give the flat one, or use to_onnx_loop")
-    return _model(program, float_input, "small")
+    return _model(program, float_input, None)
 
 
 def to_onnx_loop(program: Program, *, float_input: bool = False, form: Form = "small") -> "onnx.ModelProto":
@@ -63,7 +63,7 @@ def to_onnx_loop(program: Program, *, float_input: bool = False, form: Form = "s
     return _model(program, float_input, form)
 
 
-def _model(program: Program, float_input: bool, form: Form) -> "onnx.ModelProto":
+def _model(program: Program, float_input: bool, form: Form | None) -> "onnx.ModelProto":
     if program.stored_bytes > _LARGEST_BYTES:
         raise DeployError(
             f"{program.name}: {program.stored_bytes:,} bytes of tensors: expected at most {_LARGEST_BYTES:,}, "
@@ -73,7 +73,7 @@ def _model(program: Program, float_input: bool, form: Form) -> "onnx.ModelProto"
     sides = (of.height, of.width) if depends_on_image_size(program) else (None, None)
     planes: Shape = (None, of.channels, *sides)
     model = Model(program, shapes_of(program, planes), form, reserved=(IMAGES, LOGITS))
-    graph = Graph(model)
+    graph = Graph(model, _zero)
     graph.values[IMAGES] = IMAGES
     steps = program.steps
     if float_input:
@@ -82,6 +82,12 @@ def _model(program: Program, float_input: bool, form: Form) -> "onnx.ModelProto"
     write_steps(graph, steps)
     graph.add("Identity", [graph.value(program.result)], [LOGITS])
     return _file(model, graph, planes, float_input)
+
+
+def _zero(graph: Graph) -> str:
+    """The number of the only turn of the outermost graph, which runtimes do not know before they see images."""
+    size = graph.node("Size", [IMAGES], "images.size")
+    return graph.node("Sub", [size, size], "zero")
 
 
 def _file(model: Model, graph: Graph, planes: Shape, float_input: bool) -> "onnx.ModelProto":
