@@ -8,6 +8,7 @@
     ├── DataError               a data set or an image file
     ├── CheckpointError         a file of weights or a run directory
     ├── ArtefactError           an exported or saved model that cannot be examined
+    ├── DeployError             a network that cannot be put into a form that runs elsewhere
     └── TrainingError           a training that cannot go on
         ├── DivergenceError     the loss is no number any more
         └── Interrupted         somebody asked it to stop, and its state is saved
@@ -67,6 +68,10 @@ class CheckpointError(DacnnError, ValueError):
 
 class ArtefactError(DacnnError, ValueError):
     """An exported or saved model cannot be read, or not be measured, as what it is said to be."""
+
+
+class DeployError(DacnnError, ValueError):
+    """A network cannot be put into a form that runs elsewhere."""
 
 
 class TrainingError(DacnnError, RuntimeError):
