@@ -232,7 +232,7 @@ def export_table(done: Exported, compared_on: str) -> RenderableType:
     """What was written, and how far it is from the network."""
     table = Table.grid(padding=(0, 2))
     table.add_row("file", Text(f"{done.path} ({done.target})"))
-    table.add_row("bytes", f"{done.file_bytes:,}, of which the network's parameters and buffers take {done.stored_bytes:,}")
+    table.add_row("bytes", f"{done.file_bytes:,} (parameters and buffers: {done.stored_bytes:,})")
     table.add_row("compared on", Text(compared_on))
     table.add_row("largest error", f"{done.parity.max_error:.1e} of the largest logit, against float64")
     table.add_row("same first guess", f"{done.parity.top1_agreement:.2%}")
