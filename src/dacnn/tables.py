@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dacnn.config import TrainingConfig
+from dacnn.deploy.export import Exported
 from dacnn.measure.audit import Audit, Kernel
 from dacnn.measure.count import Counts
 from dacnn.measure.memory_added import MemoryAdded
@@ -225,3 +226,14 @@ def count_table(columns: Sequence[Mapping[str, Any]], training: TrainingConfig, 
     step = f"batch {training.batch_size}, {training.optimizer}, {execution.precision}, {execution.memory_format}"
     where = f"{execution.device}, {execution.threads} thread(s)"
     return Group(table, f"activation bytes: one image, no gradients; MB: training at its worst moment, {step}, {where}")
+
+
+def export_table(done: Exported, compared_on: str) -> RenderableType:
+    """What was written, and how far it is from the network."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("file", Text(f"{done.path} ({done.target})"))
+    table.add_row("bytes", f"{done.file_bytes:,} (parameters and buffers: {done.stored_bytes:,})")
+    table.add_row("compared on", Text(compared_on))
+    table.add_row("largest error", f"{done.parity.max_error:.1e} of the largest logit, against float64")
+    table.add_row("same first guess", f"{done.parity.top1_agreement:.2%}")
+    return table

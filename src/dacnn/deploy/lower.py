@@ -1,0 +1,61 @@
+"""A trained network, ours or a foreign one, as a flat Program: from its `torch.export` graph, one way for all."""
+
+import torch
+
+from dacnn.deploy.drafts import Affine, Draft, Unflatten, living, merged, renamed
+from dacnn.deploy.graph import Graph, shape_of
+from dacnn.deploy.kernels import Kernels
+from dacnn.deploy.pixels import as_pixels
+from dacnn.deploy.pointwise import POINTWISE
+from dacnn.deploy.program import IMAGES, Operation, Program, ScaleShift, references
+from dacnn.deploy.reshapes import RESHAPES
+from dacnn.deploy.translation import Translation
+from dacnn.deploy.weighted import WEIGHTED
+from dacnn.deploy.windows import WINDOWS
+from dacnn.networks.classifier import Classifier
+from dacnn.networks.network import Network
+
+
+@torch.no_grad()
+def lower(network: Classifier) -> Program:
+    """Turn a network, as it is in evaluation mode, into steps and the tensors that they name.
+
+    Kernels are those that the network stores, bit for bit, each once however many layers read it; batch norms and biases
+    become scales and shifts behind the convolutions, computed in float64 and rounded to float32.
+
+    Args:
+        network: A network of this library, or a foreign one adapted by it; it stays as it is. A foreign network may compute
+            from the size of its images how they are padded: the Program is that of the size in `network.input`.
+
+    Returns:
+        The Program, without loops.
+
+    Raises:
+        DeployError: An operation of the network is no step of a Program, or the network cannot be exported.
+        PlanError: It cannot be copied.
+        ShapeError: It gives no logits.
+    """
+    graph = Graph(network)
+    translation = Translation(graph, WEIGHTED | WINDOWS | POINTWISE | RESHAPES)
+    logits = translation.run()
+    if len(shape_of(graph.logits)) != 2:
+        raise graph.refusal(graph.logits, "the network gives no logits, N x K")
+    drafts, result = as_pixels(living(translation.steps, logits.name), logits.name, translation)
+    drafts = merged(drafts, result)
+    names = {IMAGES: IMAGES} | {step.out: f"x{index}" for index, step in enumerate(drafts)}
+    steps = tuple(_rounded(renamed(step, names), translation.kernels) for step in drafts)
+    read = {str(name) for step in steps for name in references(step)}
+    tensors = {name: tensor for name, tensor in translation.kernels.tensors.items() if name in read}
+    name = network.plan.name if isinstance(network, Network) else graph.kind
+    return Program(name, network.input, network.classes, steps, names[result], tensors)
+
+
+def _rounded(step: Draft, kernels: Kernels) -> Operation:
+    assert not isinstance(step, Unflatten)
+    if not isinstance(step, Affine):
+        return step
+    scale, shift = (
+        None if tensor is None else kernels.put(name, tensor)
+        for name, tensor in zip(step.names, (step.scale, step.shift), strict=True)
+    )
+    return ScaleShift(step.out, step.x, scale, shift)
