@@ -8,7 +8,8 @@ from dacnn import __version__
 from dacnn.deploy.onnx_graph import Form, Graph, Model
 from dacnn.deploy.onnx_loops import write_steps
 from dacnn.deploy.onnx_shapes import Shape, depends_on_image_size, shapes_of
-from dacnn.deploy.program import IMAGES, Branch, Loop, Normalize, Program
+from dacnn.deploy.program import IMAGES, Normalize, Program
+from dacnn.deploy.shapes import flat_steps
 from dacnn.errors import DeployError
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ def to_onnx(program: Program, *, float_input: bool = False) -> "onnx.ModelProto"
     Raises:
         DeployError: The program has loops, is too large for one file, or the onnx package is missing.
     """
-    if any(isinstance(step, Loop | Branch) for step in program.steps):
-        raise DeployError(f"{program.name}: the program has loops: give the flat one, or use to_onnx_loop")
+    flat_steps(program)
     return _model(program, float_input, None)
 
 
@@ -66,7 +66,7 @@ def to_onnx_loop(program: Program, *, float_input: bool = False, form: Form = "s
 def _model(program: Program, float_input: bool, form: Form | None) -> "onnx.ModelProto":
     if program.stored_bytes > _LARGEST_BYTES:
         raise DeployError(
-            f"{program.name}: {program.stored_bytes:,} bytes of tensors: expected at most {_LARGEST_BYTES:,}, "
+            f"program '{program.name}' has {program.stored_bytes:,} bytes of tensors: expected at most {_LARGEST_BYTES:,}, "
             "which is what one ONNX file holds"
         )
     of = program.input

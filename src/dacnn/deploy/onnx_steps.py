@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from dacnn.deploy.onnx_graph import Graph
-from dacnn.deploy.onnx_shapes import kernel_shape, shape_of
 from dacnn.deploy.program import (
     Activate,
     Add,
@@ -26,6 +25,7 @@ from dacnn.deploy.program import (
     ScaleShift,
     StoredKernel,
 )
+from dacnn.deploy.shapes import kernel_shape, tensor_shape
 
 # N images, C channels, H rows, W columns, O output channels, I input channels, T templates, R x S tiles
 
@@ -60,7 +60,7 @@ def _normalize(graph: Graph, step: Normalize) -> str:
 def _kernel(graph: Graph, kernel: Kernel) -> str:
     """The nodes that read or compute a kernel."""
     tensors = graph.model.program.tensors
-    stored = shape_of(kernel.tensor, tensors)
+    stored = tensor_shape(kernel.tensor, tensors)
     if isinstance(kernel, StoredKernel):
         return graph.tensor(kernel.tensor, stored)
     shape = kernel_shape(kernel, tensors)
@@ -85,7 +85,7 @@ def _kernel(graph: Graph, kernel: Kernel) -> str:
 
 def _of_tiles(graph: Graph, tensor: Reference, sides: int) -> str:
     """One number for every tile."""
-    tiles_out, tiles_in = shape_of(tensor, graph.model.program.tensors)
+    tiles_out, tiles_in = tensor_shape(tensor, graph.model.program.tensors)
     return graph.unfolded(tensor, (tiles_out, 1, tiles_in, 1, *(1,) * sides))
 
 
@@ -113,14 +113,14 @@ def _scale_shift(graph: Graph, step: ScaleShift) -> str:
     sides = (1,) * (len(graph.model.shapes[step.x]) - 2)
     tensors = graph.model.program.tensors
     if step.scale is not None:
-        shape = (1, *shape_of(step.scale, tensors), *sides)
+        shape = (1, *tensor_shape(step.scale, tensors), *sides)
         # of a kernel that others read too, a runtime would make a copy with this scale in it
         scale = (
             graph.unfolded(step.scale, shape) if step.x in graph.model.of_shared_kernels else graph.tensor(step.scale, shape)
         )
         value = graph.node("Mul", [value, scale], step.out if step.shift is None else f"{step.out}.scaled")
     if step.shift is not None:
-        shift = graph.tensor(step.shift, (1, *shape_of(step.shift, tensors), *sides))
+        shift = graph.tensor(step.shift, (1, *tensor_shape(step.shift, tensors), *sides))
         value = graph.node("Add", [value, shift], step.out)
     return value
 
