@@ -52,7 +52,10 @@ def test_help_and_version_answer_without_loading_torch() -> None:
     assert "Train a network on images" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "models", "show", "plan", "fold", "count", "audit", "bench"])
+COMMANDS = ["train", "eval", "predict", "models", "show", "plan", "fold", "count", "export", "audit", "bench"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example_and_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -110,6 +113,27 @@ def test_show_tells_who_reads_which_kernel(run: Path, tmp_path: Path, capsys: py
     assert json.loads(output(f"show {run} --json", capsys))["plan"]["name"] == "dacnn3"
 
 
+def test_show_prints_the_steps_that_run_elsewhere(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = output("show dacnn14 --width 8 --steps", capsys)
+    assert "loop 1, 2, 3, 3, 3 times" in text and text.count("with anchors.width8") == 1
+    table = json.loads(output(f"show {run} --steps --json", capsys))
+    assert table["steps"][0].startswith("dacnn3: uint8 images of 32x32x1") and table["stored_parameters"] > 0
+
+
+@pytest.mark.parametrize("to", ["onnx", "onnx-loop --form fast", "onnx-loop --input float", "pt2"])
+def test_export_writes_a_file_and_says_how_exact_it_is(
+    to: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = json.loads(output(f"export {run} --to {to} --out {tmp_path / 'file'} --images 20 --json", capsys))
+    assert table["file_bytes"] == (tmp_path / "file").stat().st_size
+    assert table["compared_on"] == "20 test images of digits" and table["parity"]["images"] == 20
+    assert table["parity"]["max_error"] < 1e-5 and table["parity"]["top1_agreement"] == 1
+    bare = (run / "best.safetensors").rename(tmp_path / "bare.safetensors")
+    text = output(f"export {bare} --to {to} --out {tmp_path / 'file'}", capsys)
+    bare.rename(run / "best.safetensors")
+    assert "256 images of noise" in text and "100.00%" in text
+
+
 def test_count_sets_a_network_beside_its_twin_and_its_rival(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "count dacnn14 --width 16 --batch-size 8 --precision float32 --optimizer adamw"
     table = json.loads(output(f"{words} --measure --json", capsys))
@@ -136,6 +160,7 @@ def test_count_sets_a_network_beside_its_twin_and_its_rival(run: Path, capsys: p
         ("train --epochs 0", "training.epochs is 0"),
         ("train --resume", "name its directory with --out"),
         ("eval nowhere", "nowhere: no such file"),
+        ("export nowhere --to onnx --out net.onnx", "nowhere: no such file"),
         ("predict nowhere photo.png", "nowhere: no such file"),
         ("show dacnn14 --size 16", "input of 16x16 is too small"),
         ("show dacnn14 --png plan.bmp", "a picture ends in one of"),
@@ -157,3 +182,13 @@ def test_bad_input_is_one_clear_line(
 
 def test_a_flag_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--epoch" in refusal("train --epoch 3", capsys)
+
+
+def test_an_export_without_images_or_with_a_form_it_has_not_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"export {run} --to onnx --out {tmp_path / 'net.onnx'}"
+    assert "images is 0: expected 1 or more" in refusal(f"{words} --images 0", capsys)
+    assert "form is 'fast', but 'onnx' has no forms" in refusal(f"{words} --form fast", capsys)
+    assert "unknown data set 'cifar11'" in refusal(f"{words} --data cifar11", capsys)
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dacnn.checkpoint import load, save
     from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
+    from dacnn.deploy.export import export
     from dacnn.deploy.packed import pack
     from dacnn.errors import DacnnError
     from dacnn.measure.audit import audit
@@ -47,6 +48,7 @@ _HOMES = {
     "count": "measure.count",
     "create": "networks.network",
     "evaluate": "training.evaluate",
+    "export": "deploy.export",
     "fold": "networks.fold",
     "load": "checkpoint",
     "measure_training_memory": "measure.memory",
@@ -81,6 +83,7 @@ __all__ = [
     "count",
     "create",
     "evaluate",
+    "export",
     "fold",
     "load",
     "measure_training_memory",

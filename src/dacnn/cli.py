@@ -7,7 +7,7 @@ from typing import Any
 import tyro
 
 from dacnn import __version__
-from dacnn.commands.artefacts import audit
+from dacnn.commands.artefacts import audit, export
 from dacnn.commands.benches import bench
 from dacnn.commands.networks import count, models, plan, show
 from dacnn.commands.runs import eval, fold, predict, train
@@ -22,6 +22,7 @@ _COMMANDS: dict[str, Any] = {
     "plan": plan,
     "fold": fold,
     "count": count,
+    "export": export,
     "audit": audit,
     "bench": bench,
 }

@@ -71,7 +71,7 @@ class ArtefactError(DacnnError, ValueError):
 
 
 class DeployError(DacnnError, ValueError):
-    """A network cannot be put into a form that runs elsewhere."""
+    """A network cannot be put into a form that runs elsewhere, or what came out is wrong."""
 
 
 class TrainingError(DacnnError, RuntimeError):

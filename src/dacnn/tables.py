@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dacnn.bench.results import Bench, Row
 from dacnn.config import TrainingConfig
+from dacnn.deploy.export import Exported
 from dacnn.measure.audit import Audit, Kernel
 from dacnn.measure.count import Counts
 from dacnn.measure.memory_added import MemoryAdded
@@ -228,6 +229,17 @@ def count_table(columns: Sequence[Mapping[str, Any]], training: TrainingConfig, 
     return Group(table, f"activation bytes: one image, no gradients; MB: training at its worst moment, {step}, {where}")
 
 
+def export_table(done: Exported, compared_on: str) -> RenderableType:
+    """What was written, and how far it is from the network."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("file", Text(f"{done.path} ({done.target})"))
+    table.add_row("bytes", f"{done.file_bytes:,} (parameters and buffers: {done.stored_bytes:,})")
+    table.add_row("compared on", Text(compared_on))
+    table.add_row("largest error", f"{done.parity.max_error:.1e} of the largest logit, against float64")
+    table.add_row("same first guess", f"{done.parity.top1_agreement:.2%}")
+    return table
+
+
 def bench_table(bench: Bench) -> RenderableType:
     """A contender a row, the shared network's first; then what was measured, where, and who could not run."""
     headings = ["file kB", "memory MB"]
@@ -243,7 +255,7 @@ def bench_table(bench: Bench) -> RenderableType:
                 table.add_row(row.contender.name, *_bench_figures(row))
     lines = [f"{row.contender.name} ({row.side}): {row.failure}" for row in bench.rows if row.failure is not None]
     lines += [f"no unshared twin: {bench.twin}"] if bench.twin else []
-    compared = f"top-1 and error against float64 on {bench.images:,} images ({bench.source})"
+    compared = f"top-1 and error against float64 on {bench.source}"
     timed = f"{bench.threads} thread(s), medians of {bench.rounds} round(s), ±: half of what lies between the extreme ones"
     peak = f"peak {bench.peak_macs_per_second / 1e9:,.1f} G multiply-adds a second in float32"
     lines += ["", f"{timed}; {compared}; {bench.macs / 1e6:,.1f} M multiply-adds an image, {peak}"]

@@ -108,6 +108,7 @@ def _exported(name: str, about: str, load: str, runtime: str = "onnxruntime") ->
 _ALL = (
     Contender("dacnn-pack", "dacnn.pack in float32", f"{_TORCH}:write", f"{_OWN}:load_packed", "uint8"),
     Contender("dacnn-pack-bfloat16", "dacnn.pack in bfloat16", f"{_TORCH}:write", f"{_OWN}:load_packed_bfloat16", "uint8"),
+    Contender("dacnn-pt2", "`--to pt2` in PyTorch", f"{_OWN}:write_pt2", f"{_OWN}:load_pt2", "uint8"),
     _own_onnx("dacnn-onnx", "`dacnn export --to onnx` in ONNX Runtime", "write_onnx"),
     _own_onnx("dacnn-loop-small", "`--to onnx-loop`, small form, in ONNX Runtime", "write_loop_small"),
     _own_onnx("dacnn-loop-fast", "`--to onnx-loop`, fast form, in ONNX Runtime", "write_loop_fast"),

@@ -15,13 +15,13 @@ import numpy as np
 from torch import Tensor
 
 from dacnn.bench import peak
-from dacnn.bench.accuracy import compare, reference_logits
 from dacnn.bench.child import Child
 from dacnn.bench.contenders import Contender, Side, chosen
 from dacnn.bench.results import Bench, Latency, Row
 from dacnn.bench.tiny import tiny_images
 from dacnn.bench.twin import twin_of
 from dacnn.checkpoint import save
+from dacnn.deploy.parity import compare, reference_logits
 from dacnn.errors import ArtefactError, ConfigError, PlanError
 from dacnn.measure.count import count
 from dacnn.networks.classifier import Classifier
@@ -32,7 +32,7 @@ from dacnn.training.precision import cpu_name
 
 # what a turn of a contender should take at least, so that it is warm again
 _TURN_SECONDS = 0.25
-_LEAST_RUNS, _MOST_RUNS, _WARM_UPS = 3, 500, 2
+_LEAST_RUNS, _MOST_RUNS, _WARM_UPS = 3, 500, 1
 # of anything that is asked of a contender; a compiler takes a minute
 _TIMEOUT_SECONDS = 600.0
 
@@ -196,7 +196,10 @@ class _Bench:
         tick(2, 4)
         file = self.folder / f"{contender.name}-{side}.npy"
         runner.child.ask("classify", _TIMEOUT_SECONDS, out=str(file), batch=self.largest_batch)
-        agreement, error = compare(np.load(file), self.reference)
+        logits = np.load(file)
+        if logits.shape != self.reference.shape or not np.isfinite(logits).all():
+            raise ArtefactError(f"gave {logits.shape} for logits: expected {self.reference.shape}, all of them finite")
+        parity = compare(logits, self.reference)
         tick(3, 4)
         for batch in self.settings.batches:
             runner.runs[batch] = self._runs(runner.child, batch)
@@ -205,8 +208,8 @@ class _Bench:
             runner.row,
             file_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
             memory_bytes=answer["memory_bytes"],
-            top1_agreement=agreement,
-            max_error=error,
+            top1_agreement=parity.top1_agreement,
+            max_error=parity.max_error,
         )
 
     def _start(self, name: str) -> Child:

@@ -1,7 +1,9 @@
-"""The library's own back ends: ONNX files as the library writes them, and kernels packed once in PyTorch."""
+"""The library's own back ends: ONNX and PT2 files as the library writes them, and kernels packed once in PyTorch."""
 
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from dacnn.bench.contenders import Artefact, Loaded
 from dacnn.bench.onnx_backends import FILE
@@ -10,8 +12,11 @@ from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx import to_onnx, to_onnx_loop
 from dacnn.deploy.onnx_graph import Form
 from dacnn.deploy.packed import pack
+from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll
 from dacnn.networks.classifier import Classifier
+
+_PT2 = "network.pt2"
 
 
 def write_onnx(network: Classifier, folder: Path, largest_batch: int) -> None:
@@ -33,9 +38,19 @@ def write_loop_fast(network: Classifier, folder: Path, largest_batch: int) -> No
     _write_loop(network, folder, "fast")
 
 
-def _packed(artefact: Artefact, dtype: Literal["float32", "bfloat16"]) -> Loaded:
-    import torch
+def write_pt2(network: Classifier, folder: Path, largest_batch: int) -> None:
+    """Write what `torch.export.load` reads."""
+    (folder / _PT2).write_bytes(to_pt2(network))
 
+
+def load_pt2(artefact: Artefact) -> Loaded:
+    """The exported program in PyTorch."""
+    torch.set_num_threads(artefact.threads)
+    module = torch.export.load(artefact.folder / _PT2).module()
+    return Loaded(torch.no_grad()(module), torch.from_numpy)
+
+
+def _packed(artefact: Artefact, dtype: Literal["float32", "bfloat16"]) -> Loaded:
     # the network is let go: what runs is the pack
     return Loaded(pack(load_network(artefact), dtype=dtype), torch.from_numpy)
 

@@ -1,4 +1,4 @@
-"""Commands that examine a saved or exported model.
+"""Commands that write a network for other runtimes, and that examine what was written.
 
 Nothing that imports torch is imported before a command needs it.
 """
@@ -6,11 +6,57 @@ Nothing that imports torch is imported before a command needs it.
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from dacnn.flags import Json, word
+from dacnn.flags import DataFlags, Into, Json, RunPath, Source, settings_of, word
+
+
+def export(
+    run: Positional[RunPath],
+    /,
+    *,
+    to: Annotated[Literal["onnx", "onnx-loop", "pt2"], word("what to write")],
+    out: Annotated[Path, word("the file", "FILE")],
+    input: Annotated[Literal["uint8", "float"], word("take images as they are, or normalised N x C x H x W")] = "uint8",
+    form: Annotated[
+        Literal["small", "fast"] | None,
+        word("of onnx-loop: least memory in ONNX Runtime, or least time (default: small)", "small|fast"),
+    ] = None,
+    images: Annotated[int, arg(help="test images to compare on")] = 256,
+    data: Source = None,
+    into: Into = None,
+    json: Json = False,
+    data_settings: OmitArgPrefixes[DataFlags] = DataFlags(),  # type: ignore[valid-type]  # noqa: B008
+) -> None:
+    """Write a trained network for another runtime, each kernel once, and compare what that computes with the network.
+
+    Where the run's data set is not known, the comparison is on images of noise.
+
+    Example: dacnn export runs/first --to onnx-loop --out first.onnx
+    """
+    from dacnn import tables
+    from dacnn.checkpoint import load
+    from dacnn.deploy.export import export as export_network
+    from dacnn.progress import bar
+    from dacnn.training.run import some_images
+
+    network = load(run, into)
+    with bar("loading") as tick:
+        compared, what = some_images(
+            run,
+            network,
+            images,
+            data,
+            progress=lambda what, done, total: tick(done, total),
+            **settings_of(data_settings),
+        )
+    done = export_network(network, to, out, float_input=input == "float", form=form, images=compared)
+    if json:
+        tables.show_json({**done.to_table(), "compared_on": what})
+    else:
+        tables.show(tables.export_table(done, what))
 
 
 def audit(

@@ -4,17 +4,12 @@ Nothing that imports torch is imported before the command needs it.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from tyro.conf import Positional
 
-from dacnn.errors import ConfigError, DacnnError
+from dacnn.errors import ConfigError, DataError
 from dacnn.flags import Into, Json, RunPath, Source, word
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dacnn.networks.classifier import Classifier
 
 
 def bench(
@@ -40,8 +35,10 @@ def bench(
     from dacnn import tables
     from dacnn.bench.measuring import Settings, run_bench
     from dacnn.checkpoint import load
+    from dacnn.deploy.parity import noise_images
     from dacnn.draw import check_picture, draw_bench
     from dacnn.progress import bar
+    from dacnn.training.run import some_images
 
     settings = Settings(threads, batch, rounds, only, into)
     if images < 1:
@@ -50,34 +47,18 @@ def bench(
         # before minutes of work
         check_picture(png)
     network = load(run, into)
-    images_nhwc, source = _images(run, network, data, images)
-    found = run_bench(network, images_nhwc, source, settings, bar)
+    with bar("loading") as tick:
+        try:
+            compared, what = some_images(run, network, images, data, progress=lambda what, done, total: tick(done, total))
+        except DataError:
+            if data is not None:
+                raise
+            # that the run's own data set is not here any more need not keep its network from being measured
+            compared, what = noise_images(network.input, images), f"{images} images of noise"
+    found = run_bench(network, compared, what, settings, bar)
     if png:
         draw_bench(found, png)
     if json:
         tables.show_json(found.to_table())
     else:
         tables.show(tables.bench_table(found))
-
-
-def _images(run: Path, network: "Classifier", source: str | None, most: int) -> "tuple[Tensor, str]":
-    """Some of the test images, from all over the set; where it is not named and cannot be read, noise."""
-    import torch
-
-    from dacnn.data.sources import load_test
-    from dacnn.progress import bar
-    from dacnn.training.run import data_of
-
-    try:
-        config = data_of(run, source)
-        with bar("loading") as tick:
-            found = load_test(config, network.input, network.classes, progress=lambda what, done, total: tick(done, total))
-    except DacnnError:
-        if source is not None:
-            raise
-        of = network.input
-        size, generator = (most, of.height, of.width, of.channels), torch.Generator().manual_seed(0)
-        return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator), "noise"
-    # a set may be sorted by class
-    indices = torch.linspace(0, len(found) - 1, min(most, len(found))).round().long()
-    return found.gather(indices), config.source

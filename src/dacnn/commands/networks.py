@@ -74,6 +74,7 @@ def show(
     size: Size = 32,
     into: Into = None,
     png: Annotated[Path | None, word("draw the plan into this file", "FILE")] = None,
+    steps: Annotated[bool, word("print the steps that are run elsewhere instead: what `dacnn export` writes")] = False,
     json: Json = False,
     network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> None:
@@ -82,12 +83,19 @@ def show(
     Example: dacnn show dacnn18-mix-reg --png plan.png
     """
     from dacnn import tables
+    from dacnn.deploy.lower import lower
+    from dacnn.deploy.roll import roll
     from dacnn.draw import draw_plan
     from dacnn.measure.count import count
+    from dacnn.networks.network import create
     from dacnn.networks.plan import Plan
 
     shown = _shown(network, into, classes, in_channels, size, network_settings)
     counts = count(shown)
+    if steps:
+        lines = str(roll(lower(create(shown) if isinstance(shown, Plan) else shown))).splitlines()
+        tables.show_json({"steps": lines, **counts.to_table()}) if json else print("\n".join(lines))
+        return
     if isinstance(shown, Plan):
         if png:
             draw_plan(shown, png)

@@ -16,11 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dacnn.checkpoint import replacing, save
 from dacnn.config import Config, DataConfig, read_config
+from dacnn.data.imageset import Progress
+from dacnn.data.sources import load_test
+from dacnn.deploy.parity import noise_images
 from dacnn.errors import CheckpointError, ConfigError, PlanError
+from dacnn.networks.classifier import Classifier
 from dacnn.networks.plan import Plan
 from dacnn.training.loop import EpochRecord, Loop
 from dacnn.training.state import read_state, save_state
@@ -189,3 +194,41 @@ def data_of(run: Path, source: str | None, **changes: Any) -> DataConfig:
         raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --data")
     config = read_config(recorded).data if recorded.is_file() else DataConfig()
     return dataclasses.replace(config, **({"source": source} | changes if source else changes))
+
+
+def some_images(
+    run: Path,
+    network: Classifier,
+    count: int,
+    source: str | None,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> tuple[Tensor, str]:
+    """Some test images to try a network on, spread over its data set; noise where no data set is known.
+
+    Args:
+        run: A run directory, or a file in one.
+        network: Its network.
+        count: How many at most.
+        source: Another data set than that of the run.
+        progress: Called while images are decoded.
+        **changes: Fields of a `DataConfig` over those of the run.
+
+    Returns:
+        uint8, shape (N, H, W, C), and what they are, in words.
+
+    Raises:
+        ConfigError: No images were asked for.
+        DataError: A data set that was named cannot be read.
+    """
+    if count < 1:
+        raise ConfigError(f"images is {count}: expected 1 or more")
+    try:
+        config = data_of(run, source, **changes)
+    except ConfigError:
+        if changes:
+            raise
+        return noise_images(network.input, count), f"{count} images of noise"
+    images = load_test(config, network.input, network.classes, progress)
+    chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
+    return images.gather(chosen), f"{len(chosen)} test images of {config.source}"
