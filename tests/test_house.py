@@ -121,6 +121,8 @@ ORDER = [
     "bench.worker",
     "bench.child",
     "bench.results",
+    "bench.settings",
+    "bench.preparing",
     "bench.measuring",
     "draw",
     "tables",

@@ -16,8 +16,9 @@ import stand_ins
 from dacnn.bench import contenders
 from dacnn.bench.child import Child
 from dacnn.bench.contenders import CONTENDERS, chosen
-from dacnn.bench.measuring import Settings, in_turn, run_bench
+from dacnn.bench.measuring import in_turn, run_bench
 from dacnn.bench.results import Bench, Latency
+from dacnn.bench.settings import Settings
 from dacnn.cli import main
 from dacnn.errors import ArtefactError, ConfigError, UnknownNameError
 from dacnn.tables import bench_table, show

@@ -33,7 +33,8 @@ def bench(
     Example: dacnn bench runs/first --only dacnn-onnx onnxruntime ncnn --png bench.png
     """
     from dacnn import tables
-    from dacnn.bench.measuring import Settings, run_bench
+    from dacnn.bench.measuring import run_bench
+    from dacnn.bench.settings import Settings
     from dacnn.checkpoint import load
     from dacnn.deploy.parity import noise_images
     from dacnn.draw import check_picture, draw_bench
