@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import LogFormatter
 
 from dacnn.bench.results import Bench
 from dacnn.checkpoint import replacing
@@ -231,6 +232,10 @@ def draw_bench(bench: Bench, path: Path) -> None:
             axes.plot(*zip(*places[name], strict=True), color=palette(index % 20), lw=0.7, zorder=0)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(LogFormatter())
+        # 3, 4 and 6 instead of powers of ten, of which few decades have any
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set_xlabel("private memory added by loading it, MB")
     axes.set_ylabel(f"latency at batch {min(bench.batches)}, ms")
     axes.set_title(f"{bench.network}, {bench.cpu}, {bench.threads} thread(s): filled shared, hollow twin", fontsize=9)

@@ -131,7 +131,7 @@ _ALL = (
     ),
     Contender(
         "litert",
-        "LiteRT with XNNPACK",
+        "LiteRT with XNNPACK, an image at a time",
         f"{_PEERS}:write_litert",
         f"{_PEERS}:load_litert",
         modules=("litert_torch", "ai_edge_litert"),

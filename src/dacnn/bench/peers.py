@@ -54,25 +54,22 @@ def write_litert(network: Any, folder: Path, largest_batch: int) -> None:
 
 
 def load_litert(artefact: Artefact) -> Loaded:
-    """The model in LiteRT's interpreter, which is brought to the size of a batch before it is timed."""
+    """The model in LiteRT's interpreter, which is given one image at a time."""
+    # XNNPACK may refuse another batch than the file's
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(artefact.folder / "network.tflite"), num_threads=artefact.threads)
     interpreter.allocate_tensors()
     source, result = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
 
-    def prepare(images: Any) -> Any:
-        if tuple(interpreter.get_input_details()[0]["shape"]) != images.shape:
-            interpreter.resize_tensor_input(source, images.shape)
-            interpreter.allocate_tensors()
-        return images
-
-    def run(images: Any) -> Any:
-        interpreter.set_tensor(source, images)
+    def classify(image: Any) -> Any:
+        interpreter.set_tensor(source, image)
         interpreter.invoke()
         return interpreter.get_tensor(result)
 
-    return Loaded(run, prepare)
+    return Loaded(
+        lambda images: np.concatenate([classify(image) for image in images]), lambda images: np.split(images, len(images))
+    )
 
 
 def write_ncnn(network: Any, folder: Path, largest_batch: int) -> None:
