@@ -66,3 +66,17 @@ def test_the_conversion_benchmark_times_every_rule_with_every_start() -> None:
     assert {(row["rule"], row["start"]) for row in converted} >= {("all", "first"), ("stage", "mean"), ("isomorphic", "fit")}
     assert all(row["seconds"] > 0 for row in table)
     assert all(row["stored_parameters"] < built["stored_parameters"] for row in converted)
+
+
+def test_the_benchmark_of_packed_networks_compares_both_sides() -> None:
+    table = run("packed.py", "--network", "dacnn3", "--width", "8", "--batches", "1", "2", "--rounds", "3", "--repeats", "1")
+    for rows in table["latency"].values():
+        assert set(rows) == {"onnxruntime", "float32", "bfloat16"}
+        assert all(row["times_as_fast"] > 0 for row in rows.values()) and rows["float32"]["largest_difference"] < 1e-4
+    assert set(table["memory"]) == {"onnxruntime", "float32", "bfloat16"}
+
+
+def test_the_benchmark_of_many_networks_counts_the_memory_of_each() -> None:
+    table = run("many_networks.py", "--network", "dacnn3", "--width", "8", "--count", "5", "--dtypes", "float32")
+    (row,) = table["rows"]
+    assert row["count"] == 5 and row["pack_seconds"] > 0 and row["held_bytes"] > 0

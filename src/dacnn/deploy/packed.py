@@ -93,9 +93,7 @@ class Packed:
     def _check(self, images: object) -> None:
         channels = self._outline.input.channels
         if not isinstance(images, Tensor):
-            raise ShapeError(
-                f"images are a {type(images).__name__}: expected a tensor: torch.from_numpy makes one of an array"
-            )
+            raise ShapeError(f"images are a {type(images).__name__}: expected a tensor: torch.from_numpy makes one of an array")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ShapeError(f"images are {images.dtype}: expected uint8, or normalised floats: convert them")
         axis = 3 if images.dtype == torch.uint8 else 1
