@@ -48,7 +48,8 @@ def measured(program: Program, count: int, dtype: str) -> dict[str, Any]:
         begin = time.perf_counter()
         networks.append(dacnn.pack(made, dtype=dtype, device="cpu"))  # type: ignore[arg-type]
         seconds.append(time.perf_counter() - begin)
-    del made
+        # before the next one is made, which can then take its place
+        del made
     gc.collect()
     after = read_memory_bytes()
     answers = []

@@ -1,7 +1,7 @@
 """`dacnn.pack` in float32 and bfloat16 beside ONNX Runtime's default session on the plain export: time and memory.
 
-Runs alternate, and ratios are of medians; everything has one thread. Memory is what packing, or opening a session, and three runs
-at batch 1 add to a fresh process that has run something tiny before: private anonymous bytes.
+Runs alternate, and ratios are of medians; everything has one thread. Memory is what packing, or opening a session, and three
+runs at batch 1 add to a fresh process that has run something tiny before: private anonymous bytes.
 
     python benchmarks/packed.py --rounds 60
 """
@@ -166,8 +166,8 @@ def _in_words(name: str, width: int, table: dict[str, Any]) -> str:
         for side, row in rows.items():
             low, high = row["quartiles_ms"]
             lines.append(
-                f"batch {batch:>3} {side:>12}: {row['median_ms']:8.2f} ms ({low:.2f}-{high:.2f}), {row['times_as_fast']:.2f}x as fast "
-                f"as ONNX Runtime, {row['gmacs_per_second']:.0f} GMAC/s, largest difference {row['largest_difference']:.1e}"
+                f"batch {batch:>3} {side:>12}: {row['median_ms']:8.2f} ms ({low:.2f}-{high:.2f}), {row['times_as_fast']:.2f}x as "
+                f"fast as ONNX Runtime, {row['gmacs_per_second']:.0f} GMAC/s, differs by {row['largest_difference']:.1e} at most"
             )
     for side, row in table["memory"].items():
         packed = f"{row['packed_bytes'] / 1e6:.2f} MB packed, " if "packed_bytes" in row else ""

@@ -155,6 +155,11 @@ def _layout(kernel: Shape, dtype: torch.dtype, geometry: Geometry, images: Shape
     return f"{geometry.groups} {hashlib.blake2b(memoryview(held), digest_size=8).hexdigest()}"
 
 
+def layouts_known() -> int:
+    """How often a layout was asked for that was not known; it stays the same while networks of known architectures are packed."""
+    return _layout.cache_info().misses
+
+
 @lru_cache(maxsize=4096)
 def _saving(kernel: Shape, dtype: torch.dtype, geometry: Geometry, images: Shape, threads: int) -> float:
     """Share of a reader's time that a pack of its own saves, beside reordering another pack at every call: a short trial."""

@@ -52,9 +52,11 @@ class Packed:
         self._sizes: set[tuple[int, int]] = set()
         self._graphs = Graphs(self._run) if device.type == "cuda" else None
         of = program.input
+        known = onednn.layouts_known()
         self._pack_for((1, of.height, of.width, of.channels))
-        # generates the code that the first images would wait for
-        self(torch.zeros(1, of.height, of.width, of.channels, dtype=torch.uint8))
+        if onednn.layouts_known() != known:
+            # the first of its architecture: the code is generated that the first images would wait for
+            self(torch.zeros(1, of.height, of.width, of.channels, dtype=torch.uint8))
         _give_back_freed_memory()
 
     def _pack_for(self, images: tuple[int, int, int, int]) -> None:
