@@ -165,9 +165,10 @@ def _in_words(name: str, width: int, table: dict[str, Any]) -> str:
     for batch, rows in table["latency"].items():
         for side, row in rows.items():
             low, high = row["quartiles_ms"]
+            times = row["times_as_fast"]
             lines.append(
-                f"batch {batch:>3} {side:>12}: {row['median_ms']:8.2f} ms ({low:.2f}-{high:.2f}), {row['times_as_fast']:.2f}x as "
-                f"fast as ONNX Runtime, {row['gmacs_per_second']:.0f} GMAC/s, differs by {row['largest_difference']:.1e} at most"
+                f"batch {batch:>3} {side:>12}: {row['median_ms']:8.2f} ms ({low:.2f}-{high:.2f}), {times:.2f}x as fast as "
+                f"ONNX Runtime, {row['gmacs_per_second']:.0f} GMAC/s, at most {row['largest_difference']:.1e} apart"
             )
     for side, row in table["memory"].items():
         packed = f"{row['packed_bytes'] / 1e6:.2f} MB packed, " if "packed_bytes" in row else ""

@@ -156,7 +156,7 @@ def _layout(kernel: Shape, dtype: torch.dtype, geometry: Geometry, images: Shape
 
 
 def layouts_known() -> int:
-    """How often a layout was asked for that was not known; it stays the same while networks of known architectures are packed."""
+    """How often a layout was not known yet: the number stands still while networks of known architectures are packed."""
     return _layout.cache_info().misses
 
 
