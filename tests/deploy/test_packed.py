@@ -1,6 +1,7 @@
 """A packed network gives what its program says, from one copy of each kernel, to any number of threads."""
 
 import dataclasses
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -321,7 +322,7 @@ def test_readers_that_want_other_layouts_get_packs_of_their_own(small: Program, 
     images = images_of(2, 32, 32)
     expected = dacnn.pack(small, device="cpu")(images)
     # a CPU on which every size of image wants a layout of its own, as it seems
-    monkeypatch.setattr(onednn, "_layout", lambda kernel, dtype, geometry, images, threads: f"for {images[2]}")
+    monkeypatch.setattr(onednn, "_layout", functools.cache(lambda kernel, dtype, geometry, images, threads: f"for {images[2]}"))
     monkeypatch.setattr(onednn, "_saving", lambda *asked: 0.5)
     ready = dacnn.pack(small, device="cpu")
     shared = ready._held.packed["anchors.width16"]
@@ -331,7 +332,7 @@ def test_readers_that_want_other_layouts_get_packs_of_their_own(small: Program, 
 
 
 def test_a_pack_that_saves_no_time_is_not_kept(small: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "_layout", lambda kernel, dtype, geometry, images, threads: f"for {images[2]}")
+    monkeypatch.setattr(onednn, "_layout", functools.cache(lambda kernel, dtype, geometry, images, threads: f"for {images[2]}"))
     monkeypatch.setattr(onednn, "_saving", lambda *asked: 0.01)
     ready = dacnn.pack(small, device="cpu")
     assert ready._held.packed["anchors.width16"].kept == ("for 32",)

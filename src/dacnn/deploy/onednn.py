@@ -8,6 +8,8 @@ measured to be slower, in a short trial.
 
 import ctypes
 import hashlib
+import math
+import mmap
 import statistics
 import threading
 import time
@@ -139,7 +141,9 @@ def _convolve(x: Tensor, pack: Tensor, geometry: Geometry, factor: Tensor | None
 
 
 def _probe(kernel: Shape, dtype: torch.dtype) -> Tensor:
-    return torch.rand(kernel, generator=torch.Generator().manual_seed(0)).to(dtype)
+    """Random numbers of a kernel's shape, in memory that goes back to the system when they are let go."""
+    memory = mmap.mmap(-1, math.prod(kernel) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype).view(kernel).uniform_(generator=torch.Generator().manual_seed(0))
 
 
 @lru_cache(maxsize=4096)
@@ -149,6 +153,11 @@ def _layout(kernel: Shape, dtype: torch.dtype, geometry: Geometry, images: Shape
     held = (ctypes.c_ubyte * packed_bytes(packed)).from_address(torch.ops.mkldnn.data_ptr(packed))
     # groups are a dimension of what is packed
     return f"{geometry.groups} {hashlib.blake2b(memoryview(held), digest_size=8).hexdigest()}"
+
+
+def layouts_known() -> int:
+    """How often a layout was not known yet: the number stands still while networks of known architectures are packed."""
+    return _layout.cache_info().misses
 
 
 @lru_cache(maxsize=4096)
@@ -218,20 +227,22 @@ class PackedKernel:
             An opaque tensor, and whether it is kept: where that is not worth its memory it is made for this call.
         """
         asked = (self.shape, self.dtype, geometry, images, torch.get_num_threads())
-        layout = _layout(*asked)
         with self._lock:
+            # the first pack is made before any question is asked, since it stays and what answers take goes
+            first = reorder(self._any(), geometry, images) if self._plain is not None else None
+            layout = _layout(*asked)
             sizes = self.readers.setdefault(layout, [])
             size = (images[2], images[3])
             if size not in sizes and len(sizes) < _MOST_CHOICES:
                 sizes.append(size)
-            pack = self._packs.get(layout)
-            if pack is not None:
-                return pack, True
+            if first is not None:
+                self._packs[layout], self._plain = first, None
+            if layout in self._packs:
+                return self._packs[layout], True
             pack = reorder(self._any(), geometry, images)
-            worth = not self._packs or (len(self._packs) < _MOST_PACKS and _saving(*asked) > _WORTH)
+            worth = len(self._packs) < _MOST_PACKS and _saving(*asked) > _WORTH
             if worth:
                 self._packs[layout] = pack
-                self._plain = None
             return pack, worth
 
     def _any(self) -> Tensor:
@@ -240,8 +251,7 @@ class PackedKernel:
     def describe(self) -> str:
         """One line: its packs, and who reads which."""
         held = [
-            " ".join(f"{rows}x{columns}" for rows, columns in sizes)
-            + " (made at every call)" * (layout not in self._packs)
+            " ".join(f"{rows}x{columns}" for rows, columns in sizes) + " (made at every call)" * (layout not in self._packs)
             for layout, sizes in self.readers.items()
         ]
         packs = f"{len(self._packs)} pack{'s' * (len(self._packs) != 1)}"

@@ -52,9 +52,11 @@ class Packed:
         self._sizes: set[tuple[int, int]] = set()
         self._graphs = Graphs(self._run) if device.type == "cuda" else None
         of = program.input
+        known = onednn.layouts_known()
         self._pack_for((1, of.height, of.width, of.channels))
-        # generates the code that the first images would wait for
-        self(torch.zeros(1, of.height, of.width, of.channels, dtype=torch.uint8))
+        if onednn.layouts_known() != known:
+            # the first of its architecture: the code is generated that the first images would wait for
+            self(torch.zeros(1, of.height, of.width, of.channels, dtype=torch.uint8))
         _give_back_freed_memory()
 
     def _pack_for(self, images: tuple[int, int, int, int]) -> None:
@@ -93,9 +95,7 @@ class Packed:
     def _check(self, images: object) -> None:
         channels = self._outline.input.channels
         if not isinstance(images, Tensor):
-            raise ShapeError(
-                f"images are a {type(images).__name__}: expected a tensor: torch.from_numpy makes one of an array"
-            )
+            raise ShapeError(f"images are a {type(images).__name__}: expected a tensor: torch.from_numpy makes one of an array")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ShapeError(f"images are {images.dtype}: expected uint8, or normalised floats: convert them")
         axis = 3 if images.dtype == torch.uint8 else 1
