@@ -51,8 +51,8 @@ def to_onnx_loop(program: Program, *, float_input: bool = False, form: Form = "s
         program: A program as `roll` gives it.
         float_input: Take normalised float32, N x C x H x W, instead of uint8, N x H x W x C.
         form: `small`: kernels stay outside the loops, where ONNX Runtime reads them as they are. `fast`: a kernel that one
-            body reads stands in it, and ONNX Runtime packs it, once. A template bank or a tiled kernel is computed in every
-            turn in both.
+            body reads stands in it, and ONNX Runtime packs it, once. In both, a template bank or a tiled kernel is computed in
+            every turn, and of a kernel that is read outside of loops too, a packed copy stands beside the other.
 
     Returns:
         The model, as of `to_onnx`.
