@@ -27,7 +27,8 @@ class Affine:
         shift: Shape (C,).
         base: What its tensors are named after: a layer.
         is_norm: Whether that is a norm.
-        shift_name: Name of the stored tensor that the shift is, as it is.
+        scale_name: Name of the stored tensor that the scale is, as it is.
+        shift_name: Likewise of the shift.
     """
 
     out: str
@@ -36,13 +37,14 @@ class Affine:
     shift: Tensor | None
     base: str
     is_norm: bool = False
+    scale_name: str | None = None
     shift_name: str | None = None
 
     @property
     def names(self) -> tuple[str, str]:
         """Names of its tensors."""
         before = f"{self.base}." if self.base else ""
-        return f"{before}scale", self.shift_name or f"{before}shift"
+        return self.scale_name or f"{before}scale", self.shift_name or f"{before}shift"
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,10 @@ def _then(first: Affine, second: Affine) -> Affine:
     if moved is not None and second.shift is not None:
         shift = moved + second.shift
     named = first if first.is_norm and not second.is_norm else second
-    merged = dataclasses.replace(named, out=second.out, x=first.x, scale=scale, shift=shift)
     # a stored tensor's name is for that tensor alone
-    return merged if shift is named.shift else dataclasses.replace(merged, shift_name=None)
+    scale_name = named.scale_name if scale is named.scale else None
+    shift_name = named.shift_name if shift is named.shift else None
+    return Affine(second.out, first.x, scale, shift, named.base, named.is_norm, scale_name, shift_name)
 
 
 def merged(steps: Sequence[Draft], result: str) -> list[Draft]:

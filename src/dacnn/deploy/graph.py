@@ -71,6 +71,22 @@ def _place(tensor: Tensor) -> _Place:
     )
 
 
+def _first_places(network: Classifier) -> dict[_Place, str]:
+    """Where the stored tensors lie, each by the first name that it has."""
+    names: dict[_Place, str] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            names.setdefault(_place(tensor), name)
+    return names
+
+
+def _first_names(network: Classifier) -> dict[str, str]:
+    """For every name of a stored tensor the first one that the tensor has."""
+    names = _first_places(network)
+    stored = network.state_dict(keep_vars=True)
+    return {name: names[_place(tensor)] for name, tensor in stored.items() if isinstance(tensor, Tensor)}
+
+
 @dataclass(frozen=True)
 class Operation:
     """What a node does.
@@ -142,14 +158,11 @@ class Graph:
         targets |= signature.inputs_to_lifted_tensor_constants
         tensors = {**exported.state_dict, **exported.constants}
         self.nodes: Sequence[Node] = tuple(exported.graph.nodes)
-        # what is stored under several names is called by the first of them
-        names: dict[_Place, str] = {}
-        for name, tensor in self.network.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor):
-                names.setdefault(_place(tensor), name)
+        # what is stored under several names is called by the first of them; a copy may tie fewer of them than the network does
+        first = _first_names(network)
+        names = {place: first[name] for place, name in _first_places(self.network).items()}
         self.stored: dict[str, Tensor] = {}
         self._sources: dict[Node, frozenset[str] | None] = {}
-        self._values: dict[Node, Tensor] = {}
         for node in self.nodes:
             target = targets.get(node.name) if node.op == "placeholder" else None
             if target is not None:
@@ -168,7 +181,7 @@ class Graph:
             operation = operation_of(node)
             # `detach_` stands behind tensors that a forward pass writes as numbers
             if operation and operation.in_place and operation.name != "detach":
-                yield node.all_input_nodes[0], node
+                yield cast(Node, node.args[0]), node
 
     @property
     def kind(self) -> str:
@@ -219,18 +232,22 @@ class Graph:
         Raises:
             DeployError: It changes stored tensors, or cannot be evaluated.
         """
-        if node not in self._values:
-            self._values[node] = self._evaluated(node)
-        return self._values[node]
+        # kept for this value alone: together, the kernels of a bank's readers take far more than the bank
+        return self._value(node, {})
 
-    def _evaluated(self, node: Node) -> Tensor:
+    def _value(self, node: Node, known: dict[Node, Tensor]) -> Tensor:
+        if node not in known:
+            known[node] = self._evaluated(node, known)
+        return known[node]
+
+    def _evaluated(self, node: Node, known: dict[Node, Tensor]) -> Tensor:
         if node in self._changed:
             raise self.refusal(self._changed[node], "it changes what is stored: let the forward pass leave that as it is")
         if node.op == "placeholder":
             (name,) = cast(frozenset[str], self.sources(node))
             stored = self.stored[name]
             return stored.double() if stored.is_floating_point() else stored
-        args, kwargs = tree_map_only(Node, self.value, (node.args, node.kwargs))
+        args, kwargs = tree_map_only(Node, lambda argument: self._value(argument, known), (node.args, node.kwargs))
         try:
             value = cast(Any, node.target)(*args, **kwargs)
         except Exception as error:

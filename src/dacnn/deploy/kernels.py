@@ -94,14 +94,13 @@ class Kernels:
             self._computed[key] = self.put(name, value)
         return self._computed[key]
 
-    def vector_name(self, node: Node) -> str | None:
-        """Name of the stored tensor that a known node is, row by row of numbers; None where it is none."""
-        sources = self.graph.sources(node)
+    def name_of(self, tensor: Tensor, node: object) -> str | None:
+        """Name of the stored tensor that a node is made from, where `tensor` has its numbers, as they are; else None."""
+        sources = self.graph.sources(node) if isinstance(node, Node) else None
         if sources is None or len(sources) != 1:
             return None
         (name,) = sources
-        is_it = torch.equal(self.graph.value(node).flatten(), self.graph.stored[name].double().flatten())
-        return name if is_it else None
+        return name if torch.equal(tensor.flatten(), self.graph.stored[name].double().flatten()) else None
 
 
 def _alike(value: Tensor, other: Tensor) -> bool:

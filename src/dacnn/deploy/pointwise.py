@@ -103,8 +103,8 @@ def _moved(to: Translation, node: Node, argument: object, scale: Tensor | None, 
     if x.shape != shape_of(node):
         raise to.refuse(node, f"it makes {written(shape_of(node))} of {written(x.shape)}: expected one number for each channel")
     vectors = [None if tensor is None else to.per_channel(node, tensor, x.shape) for tensor in (scale, shift)]
-    name = to.kernels.vector_name(source) if isinstance(source, Node) and scale is None else None
-    return to.affine(node, x, *vectors, shift_name=name)
+    scale_name, shift_name = (None if tensor is None else to.kernels.name_of(tensor, source) for tensor in (scale, shift))
+    return to.affine(node, x, *vectors, scale_name=scale_name, shift_name=shift_name)
 
 
 POINTWISE: dict[str, Step] = {

@@ -99,7 +99,7 @@ class Translation:
             # raised once more for everything that follows from it
             result = error.with_traceback(None)
         if operation is not None and operation.in_place:
-            result = self._written_over(operation.arguments, result)
+            result = self._written_over(node, result)
         self._values[node] = result
 
     def _step(self, node: Node, operation: Operation | None) -> Value:
@@ -111,10 +111,10 @@ class Translation:
             raise self.graph.refusal(node, "no step does this: replace the layer, or run the network in PyTorch")
         return self._table[operation.name](self, node, operation.arguments)
 
-    def _written_over(self, arguments: dict[str, Any], result: Value | DeployError) -> Value | DeployError:
+    def _written_over(self, node: Node, result: Value | DeployError) -> Value | DeployError:
         """Let everything that lies in the memory of the first argument be what was written there."""
-        target = next((argument for argument in arguments.values() if isinstance(argument, Node)), None)
-        before = self._values.get(target) if target is not None else None
+        target = node.args[0]
+        before = self._values.get(target) if isinstance(target, Node) else None
         if isinstance(result, DeployError) or not isinstance(before, Value):
             # nobody knows what was changed
             error = result if isinstance(result, DeployError) else before
@@ -122,9 +122,9 @@ class Translation:
             self._values = dict.fromkeys(self._values, error)
             return error
         result = dataclasses.replace(result, memory=before.memory)
-        for node, value in self._values.items():
+        for other, value in self._values.items():
             if isinstance(value, Value) and value.memory == before.memory:
-                self._values[node] = result
+                self._values[other] = result
         return result
 
     def new_memory(self) -> int:

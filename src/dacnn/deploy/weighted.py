@@ -45,7 +45,7 @@ def _biased(to: Translation, node: Node, y: Value, bias: Node | None) -> Value:
     shift = to.known(bias)
     if shift is None:
         raise to.refuse(node, "its bias follows from the images: expected one that is stored")
-    return to.affine(node, y, None, shift, shift_name=to.kernels.vector_name(bias))
+    return to.affine(node, y, None, shift, shift_name=to.kernels.name_of(shift, bias))
 
 
 def _linear(to: Translation, node: Node, given: Arguments) -> Value:
