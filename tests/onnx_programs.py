@@ -1,7 +1,9 @@
 """Small programs written by hand, and the check that ONNX Runtime computes from them what their interpreter does."""
 
 import math
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,8 +45,10 @@ def drawn(*shape: int, seed: int = 0) -> Array:
     return (values / math.sqrt(max(1, math.prod(shape[-3:] if len(shape) > 2 else shape[-1:])))).astype(np.float32)
 
 
-def uint8_images(count: int, height: int = INPUT.height, width: int = INPUT.width) -> NDArray[np.uint8]:
-    return np.random.default_rng(count).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+def uint8_images(
+    count: int, height: int = INPUT.height, width: int = INPUT.width, channels: int = INPUT.channels
+) -> NDArray[np.uint8]:
+    return np.random.default_rng(count).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
 
 
 def program(*steps: Step, channels: int = C, averaged: bool = False, **tensors: Array) -> Program:
@@ -88,6 +92,41 @@ def models(of: Program, float_input: bool) -> Iterator[onnx.ModelProto]:
         yield to_onnx_loop(of, float_input=float_input, form=form)
 
 
+def check_logits(
+    model: onnx.ModelProto, images: NDArray[Any], expected: NDArray[np.float64], relative: float = TOLERANCE
+) -> None:
+    found = runtime_logits(model, images)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= relative * np.abs(expected).max()
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and all that stand in it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from graphs(attribute.g)
+
+
+def stored_arrays(model: onnx.ModelProto) -> list[tuple[str, NDArray[Any]]]:
+    """Name and values of all that is stored, in whatever graph."""
+    stored = [tensor for graph in graphs(model.graph) for tensor in graph.initializer]
+    return [(tensor.name, onnx.numpy_helper.to_array(tensor)) for tensor in stored]
+
+
+def optimised_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of what a default session of ONNX Runtime has stored after its optimisation."""
+    options = onnxruntime.SessionOptions()
+    # it warns that what it writes at its highest level is for this machine
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        options.optimized_model_filepath = str(path)
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return sum(values.nbytes for _, values in stored_arrays(onnx.load(path)))
+
+
 def check(of: Program, sizes: tuple[tuple[int, int, int], ...] = ((1, 12, 10), (3, 12, 10), (2, 16, 20))) -> None:
     """Both kinds of input, every form, several batches and image sizes, against the interpreter."""
     cases = [uint8_images(*size) for size in sizes]
@@ -97,6 +136,4 @@ def check(of: Program, sizes: tuple[tuple[int, int, int], ...] = ((1, 12, 10), (
             onnx.checker.check_model(model, full_check=True)
             onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
             for images, logits in zip(cases, expected, strict=True):
-                found = runtime_logits(model, normalized(images) if float_input else images)
-                assert found.shape == logits.shape
-                assert np.abs(found - logits).max() <= TOLERANCE * np.abs(logits).max()
+                check_logits(model, normalized(images) if float_input else images, logits)

@@ -66,3 +66,9 @@ def test_the_conversion_benchmark_times_every_rule_with_every_start() -> None:
     assert {(row["rule"], row["start"]) for row in converted} >= {("all", "first"), ("stage", "mean"), ("isomorphic", "fit")}
     assert all(row["seconds"] > 0 for row in table)
     assert all(row["stored_parameters"] < built["stored_parameters"] for row in converted)
+
+
+def test_the_benchmark_of_the_onnx_loop_compares_every_form_with_the_plain_one() -> None:
+    rows = run("onnx_loop.py", "--width", "8", "--rounds", "1", "--runs", "1", "--fresh", "1")["rows"]
+    assert [row["form"] for row in rows] == ["plain", "small", "fast"] * 2
+    assert all(row["seconds"] > 0 and row["time_ratio"] > 0 and row["file_bytes"] > row["stored_bytes"] for row in rows)

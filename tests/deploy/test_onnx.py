@@ -188,7 +188,7 @@ def test_a_tensor_may_lie_in_memory_in_any_way(tmp_path: Path) -> None:
 
 def test_loops_are_refused_in_the_flat_form() -> None:
     rolled = program(Loop((2,), (Carried("y", "x", "r"),), (Activate("r", "y"),)))
-    with pytest.raises(DeployError, match="tiny: the program has loops: give the flat one, or use to_onnx_loop"):
+    with pytest.raises(DeployError, match="program 'tiny' has loops: expected the flat one"):
         to_onnx(rolled)
 
 

@@ -8,7 +8,8 @@ from dacnn import __version__
 from dacnn.deploy.onnx_graph import Form, Graph, Model
 from dacnn.deploy.onnx_loops import write_steps
 from dacnn.deploy.onnx_shapes import Shape, depends_on_image_size, shapes_of
-from dacnn.deploy.program import IMAGES, Branch, Loop, Normalize, Program
+from dacnn.deploy.program import IMAGES, Normalize, Program
+from dacnn.deploy.shapes import flat_steps
 from dacnn.errors import DeployError
 
 if TYPE_CHECKING:
@@ -39,9 +40,8 @@ def to_onnx(program: Program, *, float_input: bool = False) -> "onnx.ModelProto"
     Raises:
         DeployError: The program has loops, is too large for one file, or the onnx package is missing.
     """
-    if any(isinstance(step, Loop | Branch) for step in program.steps):
-        raise DeployError(f"{program.name}: the program has loops: give the flat one, or use to_onnx_loop")
-    return _model(program, float_input, "small")
+    flat_steps(program)
+    return _model(program, float_input, None)
 
 
 def to_onnx_loop(program: Program, *, float_input: bool = False, form: Form = "small") -> "onnx.ModelProto":
@@ -51,8 +51,8 @@ def to_onnx_loop(program: Program, *, float_input: bool = False, form: Form = "s
         program: A program as `roll` gives it.
         float_input: Take normalised float32, N x C x H x W, instead of uint8, N x H x W x C.
         form: `small`: kernels stay outside the loops, where ONNX Runtime reads them as they are. `fast`: a kernel that one
-            body reads stands in it, and ONNX Runtime packs it, once. A template bank or a tiled kernel is computed in every
-            turn in both.
+            body reads stands in it, and ONNX Runtime packs it, once. In both, a template bank or a tiled kernel is computed in
+            every turn, and of a kernel that is read outside of loops too, a packed copy stands beside the other.
 
     Returns:
         The model, as of `to_onnx`.
@@ -63,17 +63,17 @@ def to_onnx_loop(program: Program, *, float_input: bool = False, form: Form = "s
     return _model(program, float_input, form)
 
 
-def _model(program: Program, float_input: bool, form: Form) -> "onnx.ModelProto":
+def _model(program: Program, float_input: bool, form: Form | None) -> "onnx.ModelProto":
     if program.stored_bytes > _LARGEST_BYTES:
         raise DeployError(
-            f"{program.name}: {program.stored_bytes:,} bytes of tensors: expected at most {_LARGEST_BYTES:,}, "
+            f"program '{program.name}' has {program.stored_bytes:,} bytes of tensors: expected at most {_LARGEST_BYTES:,}, "
             "which is what one ONNX file holds"
         )
     of = program.input
     sides = (of.height, of.width) if depends_on_image_size(program) else (None, None)
     planes: Shape = (None, of.channels, *sides)
     model = Model(program, shapes_of(program, planes), form, reserved=(IMAGES, LOGITS))
-    graph = Graph(model)
+    graph = Graph(model, _zero)
     graph.values[IMAGES] = IMAGES
     steps = program.steps
     if float_input:
@@ -82,6 +82,12 @@ def _model(program: Program, float_input: bool, form: Form) -> "onnx.ModelProto"
     write_steps(graph, steps)
     graph.add("Identity", [graph.value(program.result)], [LOGITS])
     return _file(model, graph, planes, float_input)
+
+
+def _zero(graph: Graph) -> str:
+    """The number of the only turn of the outermost graph, which runtimes do not know before they see images."""
+    size = graph.node("Size", [IMAGES], "images.size")
+    return graph.node("Sub", [size, size], "zero")
 
 
 def _file(model: Model, graph: Graph, planes: Shape, float_input: bool) -> "onnx.ModelProto":

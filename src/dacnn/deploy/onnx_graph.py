@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dacnn.deploy.onnx_shapes import Shape, Shapes, shape_of
-from dacnn.deploy.program import Program, Reference, Row
+from dacnn.deploy.onnx_shapes import Shape, Shapes
+from dacnn.deploy.program import KernelStep, Program, Reference, Row
 from dacnn.errors import ArtefactError, DeployError
 from dacnn.measure.onnx_arrays import import_onnx
 
@@ -23,17 +23,18 @@ class Model:
         onnx: The package.
         program: What is written.
         shapes: Shapes of the program's values.
-        form: Where kernels stand.
+        form: Where kernels stand; None: the program is written for runtimes to optimise as they like.
         stored: Shapes in which the tensors are stored that are written already.
+        of_shared_kernels: The values that are made with a kernel that several operations read.
     """
 
-    def __init__(self, program: Program, shapes: Shapes, form: Form, reserved: Sequence[str]) -> None:
+    def __init__(self, program: Program, shapes: Shapes, form: Form | None, reserved: Sequence[str]) -> None:
         """Begin a model.
 
         Args:
             program: What is to be written.
             shapes: Shapes of its values.
-            form: Where kernels stand.
+            form: Where kernels stand, or None.
             reserved: Names of the model's input and output.
 
         Raises:
@@ -47,6 +48,12 @@ class Model:
         self.shapes = shapes
         self.form = form
         self.stored: dict[str, tuple[int, ...]] = {}
+        readers = program.readers()
+        self.of_shared_kernels = {
+            step.out
+            for step in program.operations()
+            if isinstance(step, KernelStep) and readers.get(str(step.kernel.tensor), 0) > 1
+        }
         # tensors keep the names that the program gives them
         self._taken = {*reserved, *program.tensors}
 
@@ -75,13 +82,13 @@ class Graph:
         values: Names here of the program's values that became known here.
     """
 
-    def __init__(self, model: Model, outer: "Graph | None" = None, number: "Callable[[Graph], str] | None" = None) -> None:
+    def __init__(self, model: Model, number: "Callable[[Graph], str]", outer: "Graph | None" = None) -> None:
         """Begin a graph.
 
         Args:
             model: What it belongs to.
+            number: Adds to the graph what computes the number of its current turn, and names that.
             outer: The graph that it stands in.
-            number: Adds to a graph that runs in turns what computes the number of the current one, and names it.
         """
         self.model = model
         self.outer = outer
@@ -105,7 +112,6 @@ class Graph:
     @cached_property
     def turn(self) -> str:
         """Name of the number of the current turn, computed here for whatever asks for it."""
-        assert self._number is not None, "a row of a table is read outside of any loop"
         return self._number(self)
 
     def node(self, operator: str, inputs: Sequence[str], wish: str, **attributes: Any) -> str:
@@ -150,16 +156,41 @@ class Graph:
         Returns:
             Its name.
         """
-        table = reference.table if isinstance(reference, Row) else reference
-        rows = shape_of(table, self.model.program.tensors)[:1] if isinstance(reference, Row) else ()
-        wanted = (*rows, *shape)
-        if table not in self.model.stored:
-            self.outermost.take_in(table, wanted)
-        stored = self.model.stored[table]
-        name = self.node("Gather", [table, self.turn], f"{table}.row", axis=0) if isinstance(reference, Row) else table
-        if stored == wanted:
+        if isinstance(reference, Row):
+            return self._row(reference.table, self.model.program.tensors[reference.table].shape[0], shape, self.turn)
+        return self._reshaped(reference, self._stored(reference, shape), shape)
+
+    def unfolded(self, reference: Reference, shape: Sequence[int]) -> str:
+        """Read a tensor so that a runtime cannot take it for constant, and compute a kernel from it in advance.
+
+        A flat program is left to the runtime.
+
+        Args:
+            reference: Which.
+            shape: The shape in which it is wanted; where it is no row, the first side is 1.
+
+        Returns:
+            Its name.
+        """
+        if isinstance(reference, Row) or self.model.form is None:
+            return self.tensor(reference, shape)
+        # a table of one row, whose number is 0 whatever the images are
+        return self._row(reference, 1, shape, self.outermost.turn)
+
+    def _row(self, table: str, rows: int, shape: Sequence[int], turn: str) -> str:
+        stored = self._stored(table, (rows, *shape))
+        return self._reshaped(self.node("Gather", [table, turn], f"{table}.row", axis=0), stored[1:], shape)
+
+    def _stored(self, tensor: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape in which a tensor is stored, which its first reader chooses."""
+        if tensor not in self.model.stored:
+            self.outermost.take_in(tensor, shape)
+        return self.model.stored[tensor]
+
+    def _reshaped(self, name: str, found: Sequence[int], shape: Sequence[int]) -> str:
+        if tuple(found) == tuple(shape):
             return name
-        return self.node("Reshape", [name, self.constant(shape, f"{table}.shape", np.int64)], f"{table}.reshaped")
+        return self.node("Reshape", [name, self.constant(shape, "shape", np.int64)], f"{name}.reshaped")
 
     def take_in(self, tensor: str, shape: Sequence[int]) -> None:
         """Store a tensor of the program in this graph, for all graphs in it to read."""

@@ -46,7 +46,7 @@ def _write_loop(graph: Graph, loop: Loop) -> None:
         # numbered from the first turn on, through all times that the loop is entered
         return body.node("Add", [_looked_up(graph, before, "turns_before"), passed], "turn")
 
-    body = Graph(model, graph, number)
+    body = Graph(model, number, graph)
     body.values = {one.name: model.name(one.name) for one in loop.carried}
     _take_in_kernels(body, loop.steps)
     begins = [model.typed(body.values[one.name], model.shapes[one.name]) for one in loop.carried]
@@ -80,10 +80,10 @@ def _given(body: Graph, loop: Loop) -> list[str]:
 def _write_branch(graph: Graph, branch: Branch) -> None:
     runs_before = [0, *itertools.accumulate(branch.runs)][:-1]
     runs = _looked_up(graph, branch.runs, "runs", np.bool_)
-    then = Graph(graph.model, graph, lambda body: _looked_up(graph, runs_before, "turn"))
+    then = Graph(graph.model, lambda body: _looked_up(graph, runs_before, "turn"), graph)
     _take_in_kernels(then, branch.steps)
     write_steps(then, branch.steps)
-    otherwise = Graph(graph.model, graph)
+    otherwise = Graph(graph.model, lambda side: graph.turn, graph)
     sides = [_side(then, branch.value, "runs"), _side(otherwise, branch.otherwise, "does_not_run")]
     name = graph.model.name(branch.out)
     graph.add("If", [runs], [name], then_branch=sides[0], else_branch=sides[1])
@@ -103,7 +103,7 @@ def _take_in_kernels(body: Graph, steps: Sequence[Step]) -> None:
 
     One that several bodies read stays outside, so that the file holds it once.
     """
-    if body.model.form == "small":
+    if body.model.form != "fast":
         return
     readers = body.model.program.readers()
     here = Counter(

@@ -1,4 +1,4 @@
-"""The shape of every value of a Program, as far as it is known before an image is seen."""
+"""The shape of every value of a Program, rolled or not, as far as it is known before an image is seen."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,6 @@ from dacnn.deploy.program import (
     Convolve,
     Flatten,
     GlobalAverage,
-    Kernel,
     Linear,
     Loop,
     MaxPool,
@@ -18,36 +17,17 @@ from dacnn.deploy.program import (
     Normalize,
     Operation,
     Program,
-    Reference,
-    RepeatedKernel,
-    Row,
     Step,
-    StoredKernel,
     Tensors,
     operands,
 )
+from dacnn.deploy.shapes import kernel_shape
 
 # N images, C channels, H rows, W columns, O output channels, I input channels, T templates, R x S tiles, F features
 
 # None: not known; the number of images never is
 Shape = tuple[int | None, ...]
 Shapes = dict[str, Shape]
-
-
-def shape_of(reference: Reference, tensors: Tensors) -> tuple[int, ...]:
-    """Shape of a tensor, or of one row of a table."""
-    return tensors[reference.table].shape[1:] if isinstance(reference, Row) else tensors[reference].shape
-
-
-def kernel_shape(kernel: Kernel, tensors: Tensors) -> tuple[int, ...]:
-    """Shape of a kernel as it is applied: (O, I, H, W) or (O, I)."""
-    stored = shape_of(kernel.tensor, tensors)
-    if isinstance(kernel, StoredKernel):
-        return stored
-    if isinstance(kernel, RepeatedKernel):
-        tiles_out, tiles_in = shape_of(kernel.gain, tensors)
-        return (tiles_out * stored[0], tiles_in * stored[1], *stored[2:])
-    return stored[1:]
 
 
 def shapes_of(program: Program, images: Shape) -> Shapes:

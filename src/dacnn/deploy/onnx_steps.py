@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from dacnn.deploy.onnx_graph import Graph
-from dacnn.deploy.onnx_shapes import kernel_shape, shape_of
 from dacnn.deploy.program import (
     Activate,
     Add,
@@ -26,6 +25,7 @@ from dacnn.deploy.program import (
     ScaleShift,
     StoredKernel,
 )
+from dacnn.deploy.shapes import kernel_shape, tensor_shape
 
 # N images, C channels, H rows, W columns, O output channels, I input channels, T templates, R x S tiles
 
@@ -60,7 +60,7 @@ def _normalize(graph: Graph, step: Normalize) -> str:
 def _kernel(graph: Graph, kernel: Kernel) -> str:
     """The nodes that read or compute a kernel."""
     tensors = graph.model.program.tensors
-    stored = shape_of(kernel.tensor, tensors)
+    stored = tensor_shape(kernel.tensor, tensors)
     if isinstance(kernel, StoredKernel):
         return graph.tensor(kernel.tensor, stored)
     shape = kernel_shape(kernel, tensors)
@@ -69,7 +69,7 @@ def _kernel(graph: Graph, kernel: Kernel) -> str:
         # Runtime packs the bank for a MatMul or Gemm, and lays it out anew for an Einsum.
         templates, first, second, *size = stored
         bank = graph.tensor(kernel.tensor, (1, templates, first, second * int(np.prod(size))))
-        coefficients = graph.tensor(kernel.coefficients, (1, templates, 1, 1))
+        coefficients = graph.unfolded(kernel.coefficients, (1, templates, 1, 1))
         combined = graph.node("Conv", [bank, coefficients], "kernel.combined")
     else:
         # tile (r, s) stands at output channels r, input channels s
@@ -85,8 +85,8 @@ def _kernel(graph: Graph, kernel: Kernel) -> str:
 
 def _of_tiles(graph: Graph, tensor: Reference, sides: int) -> str:
     """One number for every tile."""
-    tiles_out, tiles_in = shape_of(tensor, graph.model.program.tensors)
-    return graph.tensor(tensor, (tiles_out, 1, tiles_in, 1, *(1,) * sides))
+    tiles_out, tiles_in = tensor_shape(tensor, graph.model.program.tensors)
+    return graph.unfolded(tensor, (tiles_out, 1, tiles_in, 1, *(1,) * sides))
 
 
 def _convolve(graph: Graph, step: Convolve) -> str:
@@ -110,14 +110,18 @@ def _linear(graph: Graph, step: Linear) -> str:
 def _scale_shift(graph: Graph, step: ScaleShift) -> str:
     # as two operators: a BatchNormalization is what runtimes fold into the kernel first
     value = graph.value(step.x)
-    channels = (-1,) + (1,) * (len(graph.model.shapes[step.x]) - 2)
-    for operator, reference, wish in (
-        ("Mul", step.scale, step.out if step.shift is None else f"{step.out}.scaled"),
-        ("Add", step.shift, step.out),
-    ):
-        if reference is not None:
-            count = shape_of(reference, graph.model.program.tensors)[0]
-            value = graph.node(operator, [value, graph.tensor(reference, (1, count, *channels[1:]))], wish)
+    sides = (1,) * (len(graph.model.shapes[step.x]) - 2)
+    tensors = graph.model.program.tensors
+    if step.scale is not None:
+        shape = (1, *tensor_shape(step.scale, tensors), *sides)
+        # of a kernel that others read too, a runtime would make a copy with this scale in it
+        scale = (
+            graph.unfolded(step.scale, shape) if step.x in graph.model.of_shared_kernels else graph.tensor(step.scale, shape)
+        )
+        value = graph.node("Mul", [value, scale], step.out if step.shift is None else f"{step.out}.scaled")
+    if step.shift is not None:
+        shift = graph.tensor(step.shift, (1, *tensor_shape(step.shift, tensors), *sides))
+        value = graph.node("Add", [value, shift], step.out)
     return value
 
 

@@ -37,7 +37,8 @@ Shape = tuple[int, ...]
 _IN_PLACE = (ScaleShift, Activate, Add, Multiply)
 
 
-def _tensor_shape(reference: Reference, tensors: Tensors) -> Shape:
+def tensor_shape(reference: Reference, tensors: Tensors) -> Shape:
+    """Shape of a tensor, or of one row of a table."""
     return tensors[reference.table].shape[1:] if isinstance(reference, Row) else tensors[reference].shape
 
 
@@ -51,11 +52,11 @@ def kernel_shape(kernel: Kernel, tensors: Tensors) -> Shape:
     Returns:
         (O, I, ...).
     """
-    stored = _tensor_shape(kernel.tensor, tensors)
+    stored = tensor_shape(kernel.tensor, tensors)
     if isinstance(kernel, CombinedKernel):
         return stored[1:]
     if isinstance(kernel, RepeatedKernel):
-        rows, columns = _tensor_shape(kernel.gain, tensors)
+        rows, columns = tensor_shape(kernel.gain, tensors)
         return (rows * stored[0], columns * stored[1], *stored[2:])
     return stored
 
