@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import dacnn
-from dacnn.deploy import arithmetic, onednn, packed
-from dacnn.deploy.arithmetic import factor_and_addend
+from dacnn.deploy import packed
 from dacnn.deploy.lower import lower
+from dacnn.deploy.packing import arithmetic, onednn
+from dacnn.deploy.packing.arithmetic import factor_and_addend
 from dacnn.deploy.program import (
     IMAGES,
     Activate,

@@ -9,8 +9,8 @@ from dacnn.bench.contenders import Artefact, Loaded
 from dacnn.bench.onnx_backends import FILE
 from dacnn.bench.torch_backends import load_network
 from dacnn.deploy.lower import lower
-from dacnn.deploy.onnx import to_onnx, to_onnx_loop
-from dacnn.deploy.onnx_graph import Form
+from dacnn.deploy.onnx.graph import Form
+from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.packed import pack
 from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dacnn.checkpoint import replacing, stored_once
 from dacnn.deploy.lower import lower
-from dacnn.deploy.onnx import to_onnx, to_onnx_loop
+from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.parity import Parity, check, measure, noise_images, reference_logits
 from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll

@@ -7,7 +7,17 @@ give is the same; there are fewer values.
 from collections import Counter
 from dataclasses import dataclass
 
-from dacnn.deploy.program import Activate, Flatten, KernelStep, Normalize, Operation, Program, ScaleShift, operands
+from dacnn.deploy.program import (
+    Activate,
+    Flatten,
+    GlobalAverage,
+    KernelStep,
+    Normalize,
+    Operation,
+    Program,
+    ScaleShift,
+    operands,
+)
 from dacnn.deploy.shapes import flat_steps
 
 
@@ -70,7 +80,7 @@ def tasks(program: Program) -> tuple[Task, ...]:
         owned = values[0] in spent and values[0] in own and values.count(values[0]) == 1
         found.append(Task(step, values, spent, owned))
         # these may give a view, or the very tensor that they were given
-        if not isinstance(step, Normalize | Flatten | ScaleShift):
+        if not isinstance(step, Normalize | Flatten | ScaleShift | GlobalAverage):
             own.add(step.out)
     return tuple(found)
 

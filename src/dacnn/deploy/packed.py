@@ -3,18 +3,17 @@
 import ctypes
 import dataclasses
 import sys
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dacnn.deploy import onednn
-from dacnn.deploy.arithmetic import Held, call_of
-from dacnn.deploy.cuda_graphs import Graphs
-from dacnn.deploy.fusion import Stored, Task, tasks
+from dacnn.deploy.fusion import Stored, tasks
 from dacnn.deploy.lower import lower
+from dacnn.deploy.packing import onednn
+from dacnn.deploy.packing.arithmetic import Held, call_of
+from dacnn.deploy.packing.cuda_graphs import Graphs
 from dacnn.deploy.program import IMAGES, Convolve, KernelStep, Program, StoredKernel, references
 from dacnn.deploy.shapes import shapes
 from dacnn.errors import ConfigError, DeployError, ShapeError
@@ -44,8 +43,8 @@ class Packed:
         self._tasks = tasks(program)
         self._held = _hold(program, device, dtype)
         made = [call_of(task, self._held, program.tensors, program.input) for task in self._tasks]
-        self._calls: list[tuple[Callable[..., Tensor], Task]] = [
-            (call, task) for (call, _), task in zip(made, self._tasks, strict=True)
+        self._calls = [
+            (call, task.values, task.spent, task.step.out) for (call, _), task in zip(made, self._tasks, strict=True)
         ]
         self._terms_bytes = sum(one.nbytes for _, own in made for one in own)
         self._outline = _outline(program)
@@ -88,9 +87,16 @@ class Packed:
         self._check(images)
         if len(images) == 0:
             return torch.zeros(0, len(self._outline.classes), device=self.device)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            images = images.to(self.device)
-            return self._run(images) if self._graphs is None else self._graphs(images)
+        if torch.is_autocast_enabled(self.device.type):
+            # number formats were chosen when this was packed
+            with torch.autocast(self.device.type, enabled=False):
+                return self._serve(images)
+        return self._serve(images)
+
+    @torch.no_grad()
+    def _serve(self, images: Tensor) -> Tensor:
+        images = images.to(self.device)
+        return self._run(images) if self._graphs is None else self._graphs(images)
 
     def _check(self, images: object) -> None:
         channels = self._outline.input.channels
@@ -120,11 +126,12 @@ class Packed:
 
     def _run(self, images: Tensor) -> Tensor:
         values = {IMAGES: images}
-        for call, task in self._calls:
-            given = [values[name] for name in task.values]
-            for name in task.spent:
+        for call, taken, spent, out in self._calls:
+            given = [values[name] for name in taken]
+            for name in spent:
                 del values[name]
-            values[task.step.out] = call(*given)
+            values[out] = call(*given)
+            # or it would outlive the next step
             del given
         return values[self._outline.result].float()
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dacnn.deploy import onednn
 from dacnn.deploy.fusion import Stored, Task
+from dacnn.deploy.packing import onednn
 from dacnn.deploy.program import (
     Activate,
     Add,
@@ -249,8 +249,7 @@ def _elementary(step: Operation, owned: bool) -> Call:
         case AveragePool(size=size, stride=stride):
             return lambda x: F.avg_pool2d(x, size, stride)
         case GlobalAverage():
-            # in float32; a pool is several times as fast as `mean`
-            return lambda x: F.avg_pool2d(x.float(), x.shape[2:])
+            return _global_average
         case Flatten():
             return lambda x: x.reshape(len(x), -1)
         case Rotate(by=by):
@@ -260,6 +259,11 @@ def _elementary(step: Operation, owned: bool) -> Call:
         case Multiply():
             return lambda x, y: x.mul_(y) if owned and x.numel() >= y.numel() else x * y
     raise AssertionError(f"no such step: {step}")
+
+
+def _global_average(x: Tensor) -> Tensor:
+    # in float32; a pool is several times as fast as `mean`, and one pixel is its own mean
+    return x if x.shape[2:] == (1, 1) else F.avg_pool2d(x.float(), x.shape[2:])
 
 
 def _max_pool(step: MaxPool) -> Call:

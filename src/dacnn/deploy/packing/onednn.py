@@ -117,6 +117,7 @@ def convolution(
     """
     # remembered here too: the batches of a server have few shapes, and a layer of few pixels takes no longer than asking does
     chosen: dict[Shape, Tensor] = {}
+    convolved = _convolved(geometry, factor, bias, relu)
 
     def call(x: Tensor) -> Tensor:
         pack = chosen.get(x.shape)
@@ -125,19 +126,21 @@ def convolution(
             pack, kept = kernel.read(geometry, images)
             if kept and len(chosen) < _MOST_CHOICES:
                 chosen[images] = pack
-        return _convolve(x, pack, geometry, factor, bias, relu)
+        return convolved(x, pack)
 
     return call
 
 
-def _convolve(x: Tensor, pack: Tensor, geometry: Geometry, factor: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
+def _convolved(
+    geometry: Geometry, factor: Tensor | None, bias: Tensor | None, relu: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """From images and a pack to (convolution + bias) * factor, then ReLU; all that does not change is looked up once."""
     slid = geometry.padding, geometry.stride, geometry.dilation, geometry.groups
-    of = torch.ops.mkldnn._convolution_pointwise
     if factor is None:
-        y = of.default(x, pack, bias, *slid, "relu" if relu else "none", [], "")
-    else:
-        y = of.binary(x, factor, pack, bias, *slid, "mul", None, "relu" if relu else None, [], None)
-    return cast(Tensor, y)
+        plain, ending = torch.ops.mkldnn._convolution_pointwise.default, "relu" if relu else "none"
+        return lambda x, pack: cast(Tensor, plain(x, pack, bias, *slid, ending, [], ""))
+    scaled, end = torch.ops.mkldnn._convolution_pointwise.binary, "relu" if relu else None
+    return lambda x, pack: cast(Tensor, scaled(x, factor, pack, bias, *slid, "mul", None, end, [], None))
 
 
 def _probe(kernel: Shape, dtype: torch.dtype) -> Tensor:
@@ -164,13 +167,14 @@ def layouts_known() -> int:
 def _saving(kernel: Shape, dtype: torch.dtype, geometry: Geometry, images: Shape, threads: int) -> float:
     """Share of a reader's time that a pack of its own saves, beside reordering another pack at every call: a short trial."""
     packed = reorder(_probe(kernel, dtype), geometry, images)
-    x = torch.rand(images).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.zeros(images, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    convolved = _convolved(geometry, None, None, True)
 
     def own() -> None:
-        _convolve(x, packed, geometry, None, None, True)
+        convolved(x, packed)
 
     def reordered() -> None:
-        _convolve(x, reorder(packed.to_dense().view(kernel), geometry, images), geometry, None, None, True)
+        convolved(x, reorder(packed.to_dense().view(kernel), geometry, images))
 
     seconds: dict[Callable[[], None], list[float]] = {own: [], reordered: []}
     for trial in range(_TRIALS + 1):
