@@ -254,9 +254,11 @@ class PackedKernel:
 
     def describe(self) -> str:
         """One line: its packs, and who reads which."""
+        with self._lock:
+            readers, kept = {layout: list(sizes) for layout, sizes in self.readers.items()}, set(self._packs)
         held = [
-            " ".join(f"{rows}x{columns}" for rows, columns in sizes) + " (made at every call)" * (layout not in self._packs)
-            for layout, sizes in self.readers.items()
+            " ".join(f"{rows}x{columns}" for rows, columns in sizes) + " (made at every call)" * (layout not in kept)
+            for layout, sizes in readers.items()
         ]
-        packs = f"{len(self._packs)} pack{'s' * (len(self._packs) != 1)}"
+        packs = f"{len(kept)} pack{'s' * (len(kept) != 1)}"
         return f"{self.name} {'x'.join(map(str, self.shape))}: {packs}, {self.nbytes:,} bytes; for images of {' | '.join(held)}"
