@@ -86,3 +86,11 @@ def test_the_benchmark_of_many_networks_counts_the_memory_of_each() -> None:
     table = run("many_networks.py", "--network", "dacnn3", "--width", "8", "--count", "5", "--dtypes", "float32")
     (row,) = table["rows"]
     assert row["count"] == 5 and row["pack_seconds"] > 0 and row["held_bytes"] > 0
+
+
+def test_the_benchmark_of_exactness_compares_every_back_end_with_float64(tmp_path: Path) -> None:
+    dacnn.train("dacnn3", data="digits", width=8, epochs=1, batch_size=256, out=tmp_path / "run")
+    reference, *rows = run("exactness.py", str(tmp_path / "run"), "--images", "30")["rows"]
+    assert 0 <= reference["top1"] <= 1 and len(rows) == 5
+    assert all(row["images"] == 30 for row in rows)
+    assert all(row["unexplained"] == 0 and row["max_error"] < 1e-5 for row in rows if row["back_end"] != "pack, bfloat16")
