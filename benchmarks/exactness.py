@@ -84,9 +84,8 @@ def main() -> None:
     print(f"{options.run}: {len(chosen)} test images, {cpu_name()}")
     print(f"{'':>17} {'top-1':>8} {'guesses changed':>16} {'largest error':>14} {'unexplained':>12}")
     for row in table:
-        compared = (
-            "" if "max_error" not in row else f"{row['changed_guesses']:16} {row['max_error']:14.1e} {row['unexplained']:12}"
-        )
+        columns = ("changed_guesses", ">16"), ("max_error", ">14.1e"), ("unexplained", ">12")
+        compared = " ".join(format(row[name], spec) for name, spec in columns if name in row)
         print(f"{row['back_end']:>17} {row['top1']:8.2%} {compared}".rstrip())
 
 

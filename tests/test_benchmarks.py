@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dacnn
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
