@@ -6,15 +6,22 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from dacnn.config import NetworkConfig
 from dacnn.deploy.c.build import write
 from dacnn.deploy.c.source import Winograd, to_c
 from dacnn.deploy.program import Program
+from dacnn.networks.network import Network
+from dacnn.networks.plan import Input
+from dacnn.networks.zoo import plan_of
 from interpreter import run
+from reference import randomise
 
 HARNESS = Path(__file__).parent / "deploy" / "c_harness.c"
 STRICT = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror")
@@ -23,6 +30,12 @@ PATHS = ("portable", "vector", "avx2", "avx512")
 IMAGES = 2
 # of the largest logit: random deep plans err by 1e-4 in float32 itself, and Winograd's convolution by a few times that
 TOLERANCE = 1e-3
+
+
+def network_of(name: str, classes: tuple[str, ...], input: Input = Input(), seed: int = 0, **settings: Any) -> Network:  # noqa: B008
+    """A network of the zoo, away from its start, with classes and images of one's own."""
+    plan = plan_of(NetworkConfig(name=name, **settings), input, classes)
+    return randomise(Network(plan, torch.Generator().manual_seed(seed)), seed).eval()
 
 
 def tool(name: str) -> str:
