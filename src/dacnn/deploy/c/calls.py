@@ -56,6 +56,7 @@ class Call:
         shift: Likewise.
         relu: Whether a ReLU is done while storing.
         pool: Whether only the largest of 2x2 is stored.
+        winograd: Whether the fast code uses Winograd's convolution.
     """
 
     op: str
@@ -68,6 +69,7 @@ class Call:
     shift: str | None = None
     relu: bool = False
     pool: bool = False
+    winograd: bool = False
 
     def use(self) -> Use | None:
         """What it does with values, if anything."""
@@ -93,6 +95,7 @@ class Calls:
         arrays: Stored numbers by name, each once.
         sizes: How many numbers each value has.
         result: The value that holds the logits.
+        kernels: Those kernels of the arrays that Winograd's convolution reads, as (O, I, 3, 3).
         scratch_kernel: Numbers of the largest kernel that is evaluated while running.
     """
 
@@ -101,4 +104,5 @@ class Calls:
     arrays: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     result: str = ""
+    kernels: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     scratch_kernel: int = 0

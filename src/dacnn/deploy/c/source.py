@@ -5,10 +5,13 @@ from typing import Any, Literal
 
 import jinja2
 
+from dacnn.deploy.c import winograd as winograd_tiles
 from dacnn.deploy.c.arrays import SLACK, depthwise
 from dacnn.deploy.c.calls import ACTIVATIONS, Call, Calls
+from dacnn.deploy.c.isa import ISAS
 from dacnn.deploy.c.literals import comment, floats, identifier, string
 from dacnn.deploy.c.memory import Memory, plan
+from dacnn.deploy.c.prepared import prepare, transformed
 from dacnn.deploy.c.translate import translate
 from dacnn.deploy.program import IMAGES, Program
 
@@ -36,6 +39,7 @@ class CSource:
         makefile_line: How that is compiled, as a rule of a Makefile.
         workspace_bytes: Memory that one call needs, given by the caller.
         context_bytes: Memory that all calls share, given by the caller.
+        portable_workspace_bytes: As workspace_bytes, of the plain code alone; that shares no memory worth counting.
     """
 
     name: str
@@ -45,6 +49,7 @@ class CSource:
     makefile_line: str
     workspace_bytes: int
     context_bytes: int
+    portable_workspace_bytes: int
 
 
 def to_c(program: Program, *, name: str, winograd: Winograd = "init") -> CSource:
@@ -64,9 +69,9 @@ def to_c(program: Program, *, name: str, winograd: Winograd = "init") -> CSource
     Raises:
         DeployError: `name` is no name in C, the Program has loops, or has numbers that are none.
     """
-    calls = translate(program)
+    calls = translate(program, winograd != "off")
     memory = _places(calls)
-    values = _values(identifier(name), calls, memory)
+    values = _names(identifier(name), program) | _table(calls, memory) | _sizes(calls, memory, winograd == "file")
     return CSource(
         name,
         _render("network.c.jinja", values),
@@ -75,6 +80,7 @@ def to_c(program: Program, *, name: str, winograd: Winograd = "init") -> CSource
         values["makefile_line"],
         values["workspace_bytes"],
         values["context_bytes"],
+        values["portable_workspace_bytes"],
     )
 
 
@@ -83,19 +89,24 @@ def _places(calls: Calls) -> Memory:
     return plan(uses, calls.sizes, {IMAGES: 0, calls.result: _LOGITS}, _ALIGN)
 
 
-def _values(name: str, calls: Calls, memory: Memory) -> dict[str, Any]:
-    """What the templates name."""
-    program = calls.program
-    geometries = list(dict.fromkeys(row.geometry for row in calls.rows))
-    ops = sorted({row.op for row in calls.rows})
-    kernel_scratch = calls.scratch_kernel + SLACK if calls.scratch_kernel else 0
-    workspace = memory.size + SLACK
+# what the templates name, in three parts
+
+
+def _names(name: str, program: Program) -> dict[str, Any]:
     return {
         "name": name,
         "header_name": f"{name}.h",
         "abi": ABI,
         "input": program.input,
         "classes": [string(word) for word in program.classes],
+        "makefile_line": _makefile_line(name),
+    }
+
+
+def _table(calls: Calls, memory: Memory) -> dict[str, Any]:
+    geometries = list(dict.fromkeys(row.geometry for row in calls.rows))
+    ops = sorted({row.op for row in calls.rows})
+    return {
         "arrays": {array: floats(numbers) for array, numbers in calls.arrays.items()},
         "lengths": {array: numbers.size + SLACK for array, numbers in calls.arrays.items()},
         "geometries": [astuple(geometry) for geometry in geometries],
@@ -103,29 +114,48 @@ def _values(name: str, calls: Calls, memory: Memory) -> dict[str, Any]:
         "ops": ops,
         "activations": ACTIVATIONS,
         "counts": not set(ops).isdisjoint((*ACTIVATIONS, "add", "multiply")),
-        "features": _features(calls),
         "needs_math": not _TRANSCENDENTAL.isdisjoint(ops),
-        "kernel_scratch": kernel_scratch,
-        "transformed": 0,
-        "scratch": 0,
-        "path_words": "",
-        "values": workspace,
-        "workspace_bytes": _FLOAT * (workspace + kernel_scratch),
-        "context_bytes": _FLOAT,
-        "makefile_line": _makefile_line(name),
     }
 
 
 def _step(row: Call, geometry: int, memory: Memory) -> dict[str, Any]:
     x, y, z = (0 if value is None else memory.offsets[value] for value in (row.x, row.y, row.z))
-    words = {key: getattr(row, key) for key in ("op", "kernel", "scale", "shift", "relu", "pool")}
-    return {**words, "geometry": geometry, "x": x, "y": y, "z": z, "adds": row.z is not None}
+    return {"row": row, "geometry": geometry, "x": x, "y": y, "z": z}
 
 
-def _features(calls: Calls) -> set[str]:
-    """Kinds of convolutions."""
-    sizes = [row.geometry for row in calls.rows if row.op == "convolve"]
-    return {"depthwise" if depthwise(of.out_c, of.in_c // of.groups, of.groups) else "dense" for of in sizes}
+def _sizes(calls: Calls, memory: Memory, in_file: bool) -> dict[str, Any]:
+    """Of memory, and what the code for convolutions depends on."""
+    convolutions = [row for row in calls.rows if row.op == "convolve"]
+    direct = [row.geometry for row in convolutions if not row.winograd]
+    kinds = {depthwise(of.out_c, of.in_c // of.groups, of.groups) for of in (row.geometry for row in convolutions)}
+    prepared = prepare(calls)
+    in_file = in_file and prepared.size > 0
+    kernel_scratch = calls.scratch_kernel + SLACK if calls.scratch_kernel else 0
+    portable = memory.size + SLACK + kernel_scratch
+    return {
+        "isas": ISAS if convolutions else (),
+        "taps": max((of.kernel_h * of.kernel_w for of in direct), default=0),
+        "padding": max((row.geometry.in_c for row in convolutions), default=0),
+        "depthwise": True in kinds,
+        "dense": False in kinds,
+        "winograd": prepared.scratch > 0,
+        "winograd_tiles": winograd_tiles.TILES,
+        "small_point": winograd_tiles.SMALL_POINT,
+        "large_point": winograd_tiles.LARGE_POINT,
+        "transforms": prepared.kernel_scratch > 0 or (prepared.size > 0 and not in_file),
+        "prepared": () if in_file else prepared.kernels,
+        "offsets": [prepared.offset(row) for row in calls.rows],
+        "transformed": prepared.size,
+        "transformed_in_file": floats(transformed(calls, prepared)) if in_file else "",
+        "transformed_scratch": prepared.kernel_scratch,
+        "scratch": prepared.scratch,
+        "kernel_scratch": kernel_scratch,
+        "values": memory.size + SLACK,
+        "workspace_bytes": _FLOAT * (portable + prepared.scratch + prepared.kernel_scratch),
+        "context_bytes": _FLOAT * (1 + (0 if in_file else prepared.size)),
+        "portable_workspace_bytes": _FLOAT * portable,
+        "portable_context_bytes": _FLOAT,
+    }
 
 
 def _makefile_line(name: str) -> str:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from dacnn.deploy.c import arrays
 from dacnn.deploy.c.calls import Call, Calls, Geometry
 from dacnn.deploy.c.literals import counted
+from dacnn.deploy.c.winograd import pays
 from dacnn.deploy.fusion import Stored, tasks
 from dacnn.deploy.program import (
     IMAGES,
@@ -39,11 +40,12 @@ from dacnn.deploy.shapes import Shape, flat_steps, kernel_shape, shapes
 Array = NDArray[np.float32]
 
 
-def translate(program: Program) -> Calls:
+def translate(program: Program, winograd: bool = True) -> Calls:
     """Bring a Program into the form of the C code.
 
     Args:
         program: A flat one.
+        winograd: Whether layers may be computed by Winograd's convolution.
 
     Returns:
         Its table.
@@ -51,12 +53,13 @@ def translate(program: Program) -> Calls:
     Raises:
         DeployError: The program has loops, or a value is too large to count.
     """
-    return _Translation(program).run()
+    return _Translation(program, winograd).run()
 
 
 class _Translation:
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, winograd: bool) -> None:
         self.program = program
+        self.winograd = winograd
         self.shapes = shapes(program)
         self.done = Calls(program)
         # the value whose memory each value is
@@ -111,7 +114,15 @@ class _Translation:
             shift=self.tensor(shift),
             relu=stored.relu,
             pool=stored.pool,
+            winograd=self.fast_by_winograd(stored.step, geometry, kernel),
         )
+
+    def fast_by_winograd(self, step: KernelStep, geometry: Geometry, kernel: str | None) -> bool:
+        if not self.winograd or not pays(geometry, stored=kernel is not None):
+            return False
+        if kernel is not None:
+            self.done.kernels[kernel] = self.program.tensors[str(step.kernel.tensor)]
+        return True
 
     def convolution(self, step: KernelStep) -> Geometry:
         x, y = _pixels(self.shapes[step.x]), _pixels(self.shapes[step.out])

@@ -1,7 +1,7 @@
 """Winograd's convolution F(4x4, 3x3): its points, the kernel in its domain, where it pays, and what memory it takes.
 
-Six products for four outputs of three taps, in two dimensions 36 for 16 instead of 144. The polynomials are read at 0, ±√½, ±√2 and infinity:
-a quarter of the error of 0, ±1, ±2 (largest error 1.3e-6 against 5.6e-6 of the largest output on 128 channels).
+Six products for four outputs of three taps, in two dimensions 36 for 16 instead of 144. The polynomials are read at 0, ±√½, ±√2
+and infinity: a quarter of the error of 0, ±1, ±2 (largest error 1.3e-6 against 5.6e-6 of the largest output on 128 channels).
 
 Source:
     Lavin and Gray, CVPR 2016, arXiv:1509.09308. Deviations: the points.
@@ -9,6 +9,8 @@ Source:
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dacnn.deploy.c.calls import Geometry
 
 # O output channels, I input channels
 
@@ -21,6 +23,8 @@ TILES = 16
 _OUTPUTS = 32
 _LINE = 16
 _POSITIONS = 36
+# so many times fewer products make up for the transforms
+_WORTH = 1.3
 
 # G: kernel to its values at the points, each divided by what the interpolation would divide by
 _KERNEL = np.array(
@@ -31,6 +35,29 @@ _KERNEL = np.array(
         [0, 0, 1],
     ]
 )
+
+
+def pays(of: Geometry, stored: bool) -> bool:
+    """Whether the fast code should take this convolution for a layer, by the products that it saves.
+
+    Args:
+        of: The layer's sizes.
+        stored: Whether the kernel is stored, so that it is transformed once; else it is in every call.
+    """
+    same = (of.kernel_h, of.kernel_w, of.stride_h, of.stride_w, of.dilation_h, of.dilation_w, of.groups) == (
+        3,
+        3,
+        1,
+        1,
+        1,
+        1,
+        1,
+    )
+    tiles = -(-of.out_h // 4) * -(-of.out_w // 4)
+    direct = 9 * of.out_h * of.out_w
+    # products are made for four tiles at once; transforms of images weigh on few channels, those of kernels on few pixels
+    needed = _POSITIONS * (-(-tiles // 4) * 4) + (0 if stored else 2 * _POSITIONS)
+    return same and min(of.in_c, of.out_c) >= 16 and _WORTH * needed < direct
 
 
 def transformed(kernel: Array) -> Array:
@@ -55,7 +82,7 @@ def transformed_floats(in_c: int, out_c: int) -> int:
 
 
 def scratch_floats(in_c: int) -> int:
-    """Numbers of the scratch that `convolve_winograd_ISA` takes, for any size of the image and any number of output channels."""
+    """Numbers of the scratch of `convolve_winograd_ISA`, for any size of the image and any number of output channels."""
     return _LINE + _POSITIONS * (TILES * (_round_up(in_c) + _OUTPUTS) + 2 * _LINE)
 
 
