@@ -96,6 +96,7 @@ ORDER = [
     "deploy.c.calls",
     "deploy.c.isa",
     "deploy.c.winograd",
+    "deploy.c.fast",
     "deploy.c.translate",
     "deploy.c.prepared",
     "deploy.c.source",

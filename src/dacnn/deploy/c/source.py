@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import jinja2
 
-from dacnn.deploy.c import winograd as winograd_tiles
 from dacnn.deploy.c.arrays import SLACK, depthwise
 from dacnn.deploy.c.calls import ACTIVATIONS, Call, Calls
+from dacnn.deploy.c.fast import fast_values
 from dacnn.deploy.c.isa import ISAS
 from dacnn.deploy.c.literals import comment, floats, identifier, string
 from dacnn.deploy.c.memory import Memory, plan
@@ -133,16 +133,15 @@ def _sizes(calls: Calls, memory: Memory, in_file: bool) -> dict[str, Any]:
     kernel_scratch = calls.scratch_kernel + SLACK if calls.scratch_kernel else 0
     portable = memory.size + SLACK + kernel_scratch
     return {
-        "isas": ISAS if convolutions else (),
-        "taps": max((of.kernel_h * of.kernel_w for of in direct), default=0),
-        "padding": max((row.geometry.in_c for row in convolutions), default=0),
-        "depthwise": True in kinds,
+        **fast_values(
+            max((row.geometry.in_c for row in convolutions), default=0),
+            max((of.kernel_h * of.kernel_w for of in direct), default=0),
+            depthwise=True in kinds,
+            winograd=prepared.scratch > 0,
+            transforms=prepared.kernel_scratch > 0 or (prepared.size > 0 and not in_file),
+            isas=ISAS if convolutions else (),
+        ),
         "dense": False in kinds,
-        "winograd": prepared.scratch > 0,
-        "winograd_tiles": winograd_tiles.TILES,
-        "small_point": winograd_tiles.SMALL_POINT,
-        "large_point": winograd_tiles.LARGE_POINT,
-        "transforms": prepared.kernel_scratch > 0 or (prepared.size > 0 and not in_file),
         "prepared": () if in_file else prepared.kernels,
         "offsets": [prepared.offset(row) for row in calls.rows],
         "transformed": prepared.size,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from dacnn.deploy.c import arrays
 from dacnn.deploy.c.calls import Call, Calls, Geometry
 from dacnn.deploy.c.literals import counted
-from dacnn.deploy.c.winograd import pays
+from dacnn.deploy.c.winograd import winograd_pays
 from dacnn.deploy.fusion import Stored, tasks
 from dacnn.deploy.program import (
     IMAGES,
@@ -38,6 +38,8 @@ from dacnn.deploy.shapes import Shape, flat_steps, kernel_shape, shapes
 # C channels, H rows, W columns, R x S tiles
 
 Array = NDArray[np.float32]
+# an expression's kernel is transformed in every call, which on fewer pixels takes longer than it saves
+_EVALUATED_PIXELS = 64
 
 
 def translate(program: Program, winograd: bool = True) -> Calls:
@@ -114,11 +116,15 @@ class _Translation:
             shift=self.tensor(shift),
             relu=stored.relu,
             pool=stored.pool,
-            winograd=self.fast_by_winograd(stored.step, geometry, kernel),
+            winograd=self.by_winograd(stored.step, geometry, kernel),
         )
 
-    def fast_by_winograd(self, step: KernelStep, geometry: Geometry, kernel: str | None) -> bool:
-        if not self.winograd or not pays(geometry, stored=kernel is not None):
+    def by_winograd(self, step: KernelStep, of: Geometry, kernel: str | None) -> bool:
+        """Whether the fast code takes Winograd's convolution for this step; notes its kernel if so."""
+        apart = (of.stride_h, of.stride_w, of.dilation_h, of.dilation_w)
+        fits = (of.kernel_h, of.kernel_w, *apart, of.groups) == (3, 3, 1, 1, 1, 1, 1)
+        enough = kernel is not None or of.out_h * of.out_w >= _EVALUATED_PIXELS
+        if not (self.winograd and fits and enough and winograd_pays(of.in_c, of.out_c, of.out_h, of.out_w)):
             return False
         if kernel is not None:
             self.done.kernels[kernel] = self.program.tensors[str(step.kernel.tensor)]
