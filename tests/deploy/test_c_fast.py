@@ -198,3 +198,8 @@ def test_winograd_is_for_images_of_several_tiles(channels: int) -> None:
     assert winograd_pays(channels, channels, 32, 32)
     assert not winograd_pays(channels, channels, 4, 4)
     assert not winograd_pays(channels, channels, 1, 32)
+
+
+def test_a_computed_kernel_is_transformed_where_there_are_pixels_enough() -> None:
+    assert winograd_pays(128, 128, 16, 16, computed=True)
+    assert not winograd_pays(128, 128, 8, 8, computed=True)
