@@ -54,6 +54,7 @@ ORDER = [
     "deploy.lowering.pointwise",
     "deploy.lowering.reshapes",
     "deploy.lower",
+    "deploy.fusion",
     "deploy.parity",
     "data.reasons",
     "data.fit",
@@ -89,10 +90,23 @@ ORDER = [
     "deploy.onnx.loops",
     "deploy.onnx.model",
     "deploy.pt2",
+    "deploy.c.literals",
+    "deploy.c.arrays",
+    "deploy.c.memory",
+    "deploy.c.calls",
+    "deploy.c.isa",
+    "deploy.c.winograd",
+    "deploy.c.fast",
+    "deploy.c.translate",
+    "deploy.c.prepared",
+    "deploy.c.source",
+    "deploy.c.provenance",
+    "deploy.c.build",
+    "deploy.runtime",
+    "deploy.c.files",
     "deploy.export",
     "networks.rival",
     "training.precision",
-    "deploy.fusion",
     "deploy.packing.onednn",
     "deploy.packing.arithmetic",
     "deploy.packing.cuda_graphs",
@@ -167,6 +181,7 @@ PUBLIC = {
     "predict_training_memory",
     "read_config",
     "rival",
+    "runtime",
     "save",
     "train",
 }
@@ -242,7 +257,10 @@ def test_the_public_names_are_these() -> None:
 def test_a_public_name_resolves_where_it_lives_and_is_documented(name: str) -> None:
     value = getattr(dacnn, name)
     assert value is getattr(importlib.import_module(f"dacnn.{dacnn._HOMES[name]}"), name)
-    assert value.__module__ == f"dacnn.{dacnn._HOMES[name]}"
+    if inspect.ismodule(value):
+        assert value.__name__ == f"dacnn.{dacnn._HOMES[name]}.{name}"
+    else:
+        assert value.__module__ == f"dacnn.{dacnn._HOMES[name]}"
     documentation = inspect.getdoc(value) or ""
     # a dataclass without a docstring gets its signature for one
     assert documentation and not documentation.startswith(f"{name}(")

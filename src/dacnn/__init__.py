@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dacnn.checkpoint import load, save
     from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
+    from dacnn.deploy import runtime
     from dacnn.deploy.export import export
     from dacnn.deploy.packed import pack
     from dacnn.errors import DacnnError
@@ -57,6 +58,7 @@ _HOMES = {
     "predict_training_memory": "measure.memory",
     "read_config": "config",
     "rival": "networks.rival",
+    "runtime": "deploy",
     "save": "checkpoint",
     "train": "training.train",
 }
@@ -92,6 +94,7 @@ __all__ = [
     "predict_training_memory",
     "read_config",
     "rival",
+    "runtime",
     "save",
     "train",
 ]
@@ -100,7 +103,9 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'dacnn' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"dacnn.{_HOMES[name]}"), name)
+    home = importlib.import_module(f"dacnn.{_HOMES[name]}")
+    # a public module is loaded likewise
+    return getattr(home, name) if hasattr(home, name) else importlib.import_module(f"{home.__name__}.{name}")
 
 
 def __dir__() -> list[str]:

@@ -234,6 +234,10 @@ def export_table(done: Exported, compared_on: str) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_row("file", Text(f"{done.path} ({done.target})"))
     table.add_row("bytes", f"{done.file_bytes:,} (parameters and buffers: {done.stored_bytes:,})")
+    if done.others:
+        table.add_row("beside it", Text(", ".join(path.name for path in done.others)))
+    if done.workspace_bytes is not None:
+        table.add_row("memory", f"{done.workspace_bytes:,} bytes a call, {done.context_bytes:,} bytes once")
     table.add_row("compared on", Text(compared_on))
     table.add_row("largest error", f"{done.parity.max_error:.1e} of the largest logit, against float64")
     table.add_row("same first guess", f"{done.parity.top1_agreement:.2%}")

@@ -17,13 +17,21 @@ def export(
     run: Positional[RunPath],
     /,
     *,
-    to: Annotated[Literal["onnx", "onnx-loop", "pt2"], word("what to write")],
+    to: Annotated[Literal["onnx", "onnx-loop", "pt2", "c"], word("what to write")],
     out: Annotated[Path, word("the file", "FILE")],
     input: Annotated[Literal["uint8", "float"], word("take images as they are, or normalised N x C x H x W")] = "uint8",
     form: Annotated[
         Literal["small", "fast"] | None,
         word("of onnx-loop: least memory in ONNX Runtime, or least time (default: small)", "small|fast"),
     ] = None,
+    winograd: Annotated[
+        Literal["init", "file", "off"] | None,
+        word(
+            "of c: its kernels are made at the start, stand in the file, or it is not used (default: init)",
+            "init|file|off",
+        ),
+    ] = None,
+    build: Annotated[bool, word("of c: also write a shared library, for dacnn.runtime.load")] = False,
     images: Annotated[int, arg(help="test images to compare on")] = 256,
     data: Source = None,
     into: Into = None,
@@ -52,7 +60,9 @@ def export(
             progress=lambda what, done, total: tick(done, total),
             **settings_of(data_settings),
         )
-    done = export_network(network, to, out, float_input=input == "float", form=form, images=compared)
+    done = export_network(
+        network, to, out, float_input=input == "float", form=form, winograd=winograd, build=build, images=compared
+    )
     if json:
         tables.show_json({**done.to_table(), "compared_on": what})
     else:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dacnn.checkpoint import replacing, stored_once
+from dacnn.deploy.c.files import write_c
+from dacnn.deploy.c.source import Winograd
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.parity import Parity, check, measure, noise_images, reference_logits
@@ -22,7 +24,7 @@ from dacnn.networks.classifier import Classifier
 
 # N images, H rows, W columns, C channels, K classes
 
-Target = Literal["onnx", "onnx-loop", "pt2"]
+Target = Literal["onnx", "onnx-loop", "pt2", "c"]
 Form = Literal["small", "fast"]
 # images of noise that are compared where none are given
 _NOISE = 16
@@ -38,6 +40,9 @@ class Exported:
         file_bytes: Its size.
         stored_bytes: Bytes of the network's parameters and buffers, each once.
         parity: How far it is from the network, as its runtime computes it.
+        others: Files that belong to it: of C the header, an example, the compiled library.
+        workspace_bytes: Of C: memory that one call needs.
+        context_bytes: Of C: memory that all calls share.
     """
 
     target: Target
@@ -45,10 +50,14 @@ class Exported:
     file_bytes: int
     stored_bytes: int
     parity: Parity
+    others: tuple[Path, ...] = ()
+    workspace_bytes: int | None = None
+    context_bytes: int | None = None
 
     def to_table(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return {**asdict(self), "path": str(self.path)}
+        """The fields as plain values; those of C only where there are any."""
+        table = {name: value for name, value in asdict(self).items() if value is not None and value != ()}
+        return {**table, "path": str(self.path)} | ({"others": [str(path) for path in self.others]} if self.others else {})
 
 
 def export(
@@ -58,6 +67,8 @@ def export(
     *,
     float_input: bool = False,
     form: Form | None = None,
+    winograd: Winograd | None = None,
+    build: bool = False,
     images: Tensor | None = None,
 ) -> Exported:
     """Write a network for another runtime and compare what that computes with what the network computes.
@@ -65,10 +76,13 @@ def export(
     Args:
         network: The network.
         to: `onnx`: an ONNX graph; `onnx-loop`: one whose layers are turns of loops, so that a runtime packs each kernel once;
-            `pt2`: what `torch.export.load` reads, without this library.
-        out: The file; an older one is replaced as a whole.
+            `pt2`: what `torch.export.load` reads, without this library; `c`: one source of C99, its header and an example.
+        out: The file, of C its source, NAME.c; an older one is replaced as a whole.
         float_input: Take normalised floats N x C x H x W instead of uint8 images N x H x W x C.
         form: Of `onnx-loop`: `small` takes the least memory in ONNX Runtime, `fast` the least time; None: small.
+        winograd: Of `c`: where the kernels of Winograd's convolution come from: `init` computes them at the start, `file` has
+            them in the file, `off` does without that convolution; None: init.
+        build: Of `c`: also write a shared library, NAME.so, which `dacnn.runtime.load` calls.
         images: What to compare on, uint8, shape (N, H, W, C); None: noise.
 
     Returns:
@@ -76,8 +90,9 @@ def export(
 
     Raises:
         UnknownNameError: There is no such target or form.
-        ConfigError: A form was given for a file that has none.
-        DeployError: The network has a step that cannot be expressed, a package is missing, or the file computes something else.
+        ConfigError: Something was given that this target does not have.
+        DeployError: The network has a step that cannot be expressed, a package or a compiler is missing, or the file computes
+            something else.
         CheckpointError: The file cannot be written.
 
     Example:
@@ -87,23 +102,41 @@ def export(
         >>> done.parity.top1_agreement
         1.0
     """
-    if to not in get_args(Target):
-        raise UnknownNameError("target", to, get_args(Target))
-    if form is not None and form not in get_args(Form):
-        raise UnknownNameError("form", form, get_args(Form))
-    if form is not None and to != "onnx-loop":
-        raise ConfigError(f"form is '{form}', but '{to}' has no forms: leave it out, or export to 'onnx-loop'")
+    _check(to, float_input, form, winograd, build)
     path = Path(out)
     images = noise_images(network.input, _NOISE) if images is None else images
     reference = reference_logits(network, images)
+    stored = sum(tensor.nbytes for tensor in stored_once(network.state_dict()).values())
+
+    def compared(run: Runner) -> Parity:
+        parity = measure(run, images, reference)
+        check(parity, f"{path}: what was exported")
+        return parity
+
+    if to == "c":
+        done = write_c(lower(network), path, compared, winograd or "init", build)
+        sizes = (done.workspace_bytes, done.context_bytes)
+        return Exported(to, path, path.stat().st_size, stored, done.parity, done.others, *sizes)
     with replacing(path) as beside:
         run = _WRITERS[to](network, beside, float_input, form or "small")
         normalize = network.normalize.to("cpu")
-        parity = measure(lambda part: run(normalize(part).contiguous() if float_input else part), images, reference)
-        check(parity, f"{path}: what was exported")
+        parity = compared(lambda part: run(normalize(part).contiguous() if float_input else part))
         file_bytes = beside.stat().st_size
-    stored = sum(tensor.nbytes for tensor in stored_once(network.state_dict()).values())
     return Exported(to, path, file_bytes, stored, parity)
+
+
+def _check(to: Target, float_input: bool, form: Form | None, winograd: Winograd | None, build: bool) -> None:
+    """Refuse names that do not exist, and what the target does not have."""
+    for kind, word, known in (("target", to, Target), ("form", form, Form), ("winograd", winograd, Winograd)):
+        if word is not None and word not in get_args(known):
+            raise UnknownNameError(kind, word, get_args(known))
+    if form is not None and to != "onnx-loop":
+        raise ConfigError(f"form is '{form}', but '{to}' has no forms: leave it out, or export to 'onnx-loop'")
+    if (winograd is not None or build) and to != "c":
+        given = "build" if build else f"winograd is '{winograd}'"
+        raise ConfigError(f"{given}, but '{to}' is not compiled: leave it out, or export to 'c'")
+    if float_input and to == "c":
+        raise ConfigError("input is 'float', but the C code takes uint8 images: leave it out")
 
 
 # runs an artefact on images as it takes them

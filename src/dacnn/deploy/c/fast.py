@@ -1,0 +1,36 @@
+"""What the templates of the fast C code (`fast.c.jinja`) name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dacnn.deploy.c.isa import ISAS, Isa
+from dacnn.deploy.c.winograd import LARGE_POINT, SMALL_POINT, TILES
+
+
+def fast_values(
+    padding: int, taps: int, *, depthwise: bool, winograd: bool, transforms: bool, isas: Sequence[Isa] = ISAS
+) -> dict[str, Any]:
+    """Values for the templates, beside the `name` that begins all names.
+
+    Args:
+        padding: The most channels that an image has which a fast convolution reads.
+        taps: Rows times columns of the largest kernel that is convolved directly or depthwise; 0: there is none.
+        depthwise: Whether a convolution is depthwise.
+        winograd: Whether a convolution is Winograd's.
+        transforms: Whether kernels are transformed in C.
+        isas: Instruction sets to write code for.
+
+    Returns:
+        The values by name.
+    """
+    return {
+        "padding": padding,
+        "taps": taps,
+        "depthwise": depthwise,
+        "winograd": winograd,
+        "transforms": transforms,
+        "isas": isas,
+        "winograd_tiles": TILES,
+        "small_point": SMALL_POINT,
+        "large_point": LARGE_POINT,
+    }

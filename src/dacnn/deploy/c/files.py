@@ -1,0 +1,80 @@
+"""A network as files of C, compiled and compared before they take their places."""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dacnn.checkpoint import replacing
+from dacnn.deploy import runtime
+from dacnn.deploy.c.build import build
+from dacnn.deploy.c.literals import identifier
+from dacnn.deploy.c.provenance import signed
+from dacnn.deploy.c.source import Winograd, to_c
+from dacnn.deploy.parity import Parity
+from dacnn.deploy.program import Program
+from dacnn.errors import DeployError
+
+# images of one call
+Runner = Callable[[Tensor], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        parity: How far the compiled code is from the network.
+        others: The files beside the source.
+        workspace_bytes: Memory that one call needs.
+        context_bytes: Memory that all calls share.
+    """
+
+    parity: Parity
+    others: tuple[Path, ...]
+    workspace_bytes: int
+    context_bytes: int
+
+
+def write_c(
+    program: Program, path: Path, compare: Callable[[Runner], Parity], winograd: Winograd = "init", library: bool = False
+) -> Written:
+    """Write NAME.c, NAME.h and NAME_example.c, and if wanted the shared library NAME.so, all or none.
+
+    Args:
+        program: A flat Program.
+        path: Of the source; its name is what all names in it begin with.
+        compare: Compares what runs on images with the network, and refuses what is too far from it.
+        winograd: As for `to_c`.
+        library: Whether to write the library.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DeployError: The file's name is no name in C, there is no compiler or it refuses, or the code computes something else.
+        CheckpointError: A file cannot be written.
+    """
+    if path.suffix != ".c":
+        raise DeployError(f"{path}: a source of C is called NAME.c: call it {path.with_suffix('.c').name}")
+    files = to_c(program, name=identifier(path.stem), winograd=winograd)
+    others = [path.with_suffix(".h"), path.with_name(f"{path.stem}_example.c")]
+    with ExitStack() as stack:
+        beside = [stack.enter_context(replacing(other)) for other in (path, *others)]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dacnn-")))
+        built = folder / "net.so"
+        if library:
+            others.append(path.with_suffix(".so"))
+            built = stack.enter_context(replacing(others[-1]))
+        build(files, built)
+        compiled = runtime.load(built)
+        parity = compare(lambda images: compiled(images.numpy()))
+        done = signed(files, program, parity)
+        for place, text in zip(beside, (done.source, done.header, done.example), strict=True):
+            place.write_bytes(text.encode("ascii"))
+    return Written(parity, tuple(others), files.workspace_bytes, files.context_bytes)

@@ -1,0 +1,46 @@
+"""What a generated file says of where it comes from."""
+
+import dataclasses
+import hashlib
+
+from dacnn import __version__
+from dacnn.deploy.c.literals import comment
+from dacnn.deploy.c.source import CSource
+from dacnn.deploy.parity import Parity
+from dacnn.deploy.program import Program, Tensors
+
+
+def weights_hash(tensors: Tensors) -> str:
+    """SHA-256 of tensors, with their names and shapes, in the order of the names.
+
+    Args:
+        tensors: Those of a Program.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(f"{name} {tensors[name].shape} {tensors[name].dtype.str}\n".encode())
+        found.update(tensors[name].tobytes())
+    return found.hexdigest()
+
+
+def signed(files: CSource, program: Program, parity: Parity) -> CSource:
+    """Put a comment before source and header: the plan, the weights, the version, how far it is from the network.
+
+    Args:
+        files: What was checked.
+        program: What it was made from.
+        parity: The check's result.
+
+    Returns:
+        The files with the comment.
+    """
+    text = (
+        f"/* {comment(program.name)}, written by dacnn {__version__}: to change it, export it again\n"
+        f"   weights: SHA-256 {weights_hash(program.tensors)}\n"
+        f"   checked on {parity.images} images against the network in float64: largest error {parity.max_error:.1e} of the "
+        f"largest logit,\n   the same class for {parity.top1_agreement:.2%} */\n"
+    )
+    return dataclasses.replace(files, source=text + files.source, header=text + files.header, example=text + files.example)

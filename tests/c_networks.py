@@ -1,0 +1,116 @@
+"""Networks as C: compiled with every warning an error and under sanitizers, run, and compared with their interpreter."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from dacnn.config import NetworkConfig
+from dacnn.deploy.c.build import write
+from dacnn.deploy.c.source import Winograd, to_c
+from dacnn.deploy.program import Program
+from dacnn.networks.network import Network
+from dacnn.networks.plan import Input
+from dacnn.networks.zoo import plan_of
+from interpreter import run
+from reference import randomise
+
+HARNESS = Path(__file__).parent / "deploy" / "c_harness.c"
+STRICT = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror")
+SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+PATHS = ("portable", "vector", "avx2", "avx512")
+IMAGES = 2
+# of the largest logit: random deep plans err by 1e-4 in float32 itself, and Winograd's convolution by a few times that
+TOLERANCE = 1e-3
+
+
+def network_of(name: str, classes: tuple[str, ...], input: Input = Input(), seed: int = 0, **settings: Any) -> Network:  # noqa: B008
+    """A network of the zoo, away from its start, with classes and images of one's own."""
+    plan = plan_of(NetworkConfig(name=name, **settings), input, classes)
+    return randomise(Network(plan, torch.Generator().manual_seed(seed)), seed).eval()
+
+
+def tool(name: str) -> str:
+    """A program that a test needs; without it the test is skipped, but fails where all must be there."""
+    found = shutil.which(name)
+    if found is None:
+        said = f"{name} is missing: apt-get install what apt.txt lists"
+        if os.environ.get("DACNN_REQUIRE_TOOLS"):
+            pytest.fail(said)
+        pytest.skip(said)
+    return found
+
+
+def compiled(
+    programs: Sequence[Program],
+    folder: Path,
+    cc: str = "gcc",
+    flags: Sequence[str] = SANITIZED,
+    winograd: Winograd = "init",
+) -> Path:
+    """One executable that runs all of them."""
+    names = [f"net{index}" for index in range(len(programs))]
+    sources = [
+        write(to_c(program, name=name, winograd=winograd), folder).name for name, program in zip(names, programs, strict=True)
+    ]
+    lines = [f'#include "{name}.h"' for name in names]
+    (folder / "networks.h").write_text("\n".join([*lines, f"#define NETWORKS(X) {' '.join(f'X({name})' for name in names)}\n"]))
+    words = [tool(cc), *STRICT, *flags, f"-DIMAGES={IMAGES}", f"-I{folder}", "-o", "networks", *sources, str(HARNESS), "-lm"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:4000]
+    return folder / "networks"
+
+
+def executed(
+    programs: Sequence[Program], images: Sequence[NDArray[np.uint8]], binary: Path
+) -> list[dict[str, NDArray[np.float32]]]:
+    """For each program the logits by each path that this processor has."""
+    stdin = b"".join(part.tobytes() for part in images)
+    done = subprocess.run([binary], input=stdin, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[:4000]
+    rest, found = done.stdout, []
+    for program in programs:
+        logits: dict[str, NDArray[np.float32]] = {}
+        for path in PATHS:
+            there, rest = rest[0], rest[1:]
+            if there:
+                size = 4 * IMAGES * len(program.classes)
+                logits[path] = np.frombuffer(rest[:size], np.float32).reshape(IMAGES, -1)
+                rest = rest[size:]
+        found.append(logits)
+    assert rest == b""
+    return found
+
+
+def images_for(program: Program, seed: int = 0) -> NDArray[np.uint8]:
+    of = program.input
+    shape = (IMAGES, of.height, of.width, of.channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def check(
+    programs: Mapping[str, Program],
+    cc: str = "gcc",
+    flags: Sequence[str] = SANITIZED,
+    winograd: Winograd = "init",
+    relative: float = TOLERANCE,
+) -> None:
+    """Every path of every program against the interpreter."""
+    of = list(programs.values())
+    images = [images_for(program) for program in of]
+    with tempfile.TemporaryDirectory() as folder:
+        found = executed(of, images, compiled(of, Path(folder), cc, flags, winograd))
+    for name, program, part, paths in zip(programs, of, images, found, strict=True):
+        expected = run(program, part)
+        assert "portable" in paths
+        for path, logits in paths.items():
+            error = np.abs(logits - expected).max() / np.abs(expected).max()
+            assert error <= relative, f"{name}, {path}: {error:.1e}"

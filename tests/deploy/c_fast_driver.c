@@ -1,0 +1,121 @@
+/* Runs convolutions from standard input by the code of one instruction set, its argument, and writes the results to standard output.
+   Exits with 77 where the processor lacks it. A case: what is done, the numbers of the results and of the scratch, the description's 17
+   integers, and then the arrays, each behind its length: image, kernel, scale, shift, residual. Memory is of exactly that size, aligned no
+   further than a float, and full of numbers that are none; behind kernels and scales are 16 floats of slack. */
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct {
+    int in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups;
+    const float *kernel, *scale, *shift, *residual;
+    int relu, pool;
+} net_convolution;
+
+/* as the generated header says it */
+#define net_FAST 1
+#include "fast.c"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { DIRECT, DEPTHWISE, WINOGRAD, TRANSFORM };
+
+typedef struct {
+    const char *name;
+    int there;
+    void (*direct)(const net_convolution *, const float *, float *), (*depthwise)(const net_convolution *, const float *, float *);
+    void (*winograd)(const net_convolution *, const float *, const float *, float *, float *);
+    void (*transform)(const float *, int, int, float *);
+} code;
+
+#define CODE(ISA, THERE) {#ISA, THERE, convolve_direct_##ISA, convolve_depthwise_##ISA, convolve_winograd_##ISA, transform_kernel_##ISA}
+
+static float *memory(int floats)
+{
+    const size_t bytes = sizeof(float) * ((size_t)floats + 1);
+    float *found = malloc(bytes);
+    if (found == NULL)
+        exit(3);
+    memset(found, 0xff, bytes);
+    return found + 1;
+}
+
+static void release(const float *memory)
+{
+    if (memory != NULL)
+        free((float *)(uintptr_t)memory - 1);
+}
+
+static void get(void *to, size_t size, int count)
+{
+    if (fread(to, size, (size_t)count, stdin) != (size_t)count)
+        exit(4);
+}
+
+static float *array(int slack)
+{
+    int length;
+    float *found;
+    get(&length, sizeof length, 1);
+    if (length == 0)
+        return NULL;
+    found = memory(length + slack);
+    get(found, sizeof(float), length);
+    return found;
+}
+
+static void put(const code *with, int what, int results, int scratch_floats)
+{
+    net_convolution c;
+    float *x, *y = memory(results), *scratch = memory(scratch_floats), *transformed;
+    get(&c.in_h, sizeof(int), 15);
+    get(&c.relu, sizeof(int), 2);
+    x = array(0);
+    c.kernel = array(16);
+    c.scale = array(0);
+    c.shift = array(0);
+    c.residual = array(0);
+    transformed = memory(36 * c.in_c * ((c.out_c + 15) / 16 * 16));
+    if (what == TRANSFORM)
+        with->transform(c.kernel, c.in_c, c.out_c, y);
+    else if (what == DIRECT)
+        with->direct(&c, x, y);
+    else if (what == DEPTHWISE)
+        with->depthwise(&c, x, y);
+    else {
+        with->transform(c.kernel, c.in_c, c.out_c, transformed);
+        with->winograd(&c, transformed, x, y, scratch);
+    }
+    fwrite(y, sizeof(float), (size_t)results, stdout);
+    release(x);
+    release(y);
+    release(scratch);
+    release(transformed);
+    release(c.kernel);
+    release(c.scale);
+    release(c.shift);
+    release(c.residual);
+}
+
+int main(int argc, char **argv)
+{
+    const code codes[] = {
+#if defined(__x86_64__)
+        CODE(avx512, __builtin_cpu_supports("avx512f") != 0),
+        CODE(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+#endif
+        CODE(vector, 1),
+    };
+    for (size_t i = 0; argc == 2 && i < sizeof codes / sizeof *codes; ++i) {
+        int head[3];
+        if (strcmp(codes[i].name, argv[1]) != 0)
+            continue;
+        if (!codes[i].there)
+            return 77;
+        while (fread(head, sizeof(int), 3, stdin) == 3)
+            put(&codes[i], head[0], head[1], head[2]);
+        return 0;
+    }
+    return 77;
+}

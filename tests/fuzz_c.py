@@ -1,0 +1,124 @@
+"""Random plans as C, under address and undefined-behaviour sanitizers, against the interpreter.
+
+    python tests/fuzz_c.py --count 1000
+
+prints what it has done, and for a finding the plan and the seed that make it again.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
+
+import hypothesis
+import hypothesis.strategies as st
+import torch
+
+from c_networks import SANITIZED, check
+from dacnn.deploy.c.source import Winograd
+from dacnn.deploy.lower import lower
+from dacnn.deploy.program import Program
+from dacnn.errors import PlanError
+from dacnn.networks.network import Network
+from dacnn.networks.plan import Layer, Plan
+from reference import plans, randomise
+
+# programs of one executable
+BATCH = 5
+COMPILERS = ("gcc", "clang")
+
+
+def widened(plan: Plan, factor: int) -> Plan:
+    """The plan with every width times a factor, where the stem's kernel permits."""
+
+    def layer(of: Layer) -> Layer:
+        inputs = of.in_channels if of.name == plan.stem.name else of.in_channels * factor
+        return dataclasses.replace(of, in_channels=inputs, out_channels=of.out_channels * factor)
+
+    stages = [
+        dataclasses.replace(
+            stage,
+            blocks=tuple(
+                dataclasses.replace(
+                    block,
+                    layers=tuple(map(layer, block.layers)),
+                    shortcut=layer(block.shortcut) if block.shortcut else None,
+                )
+                for block in stage.blocks
+            ),
+        )
+        for stage in plan.stages
+    ]
+    try:
+        return dataclasses.replace(plan, stem=layer(plan.stem), stages=tuple(stages))
+    except PlanError:
+        return plan
+
+
+def drawn(count: int, seed: int) -> list[tuple[Plan, int]]:
+    """Plans, and the seeds of their weights; the same ones for the same seed."""
+    found: list[tuple[Plan, int]] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(plan=plans(), factor=st.sampled_from([1, 5, 8, 9]), weights=st.integers(0, 999))
+    def draw(plan: Plan, factor: int, weights: int) -> None:
+        found.append((widened(plan, factor), weights))
+
+    draw()
+    return found
+
+
+def program(plan: Plan, weights: int) -> Program:
+    return lower(randomise(Network(plan, torch.Generator().manual_seed(weights)), weights).eval())
+
+
+def tasks(count: int, seed: int, turn: int = 0) -> Iterator[tuple[dict[str, Program], str, Winograd]]:
+    """Programs of one executable, by what makes each again, the compiler, and where transformed kernels are, in turn."""
+    found = drawn(count, seed)
+    for number in range(-(-len(found) // BATCH)):
+        batch = found[number * BATCH : (number + 1) * BATCH]
+        programs = {f"{plan.to_json()}, weights {weights}": program(plan, weights) for plan, weights in batch}
+        kinds, turn = get_args(Winograd), turn + 1
+        yield programs, COMPILERS[turn % len(COMPILERS)], kinds[turn // len(COMPILERS) % len(kinds)]
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=1000, help="plans")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
+    of = parser.parse_args(words)
+    torch.set_num_threads(1)
+    began, findings, done = time.monotonic(), 0, 0
+
+    def one(task: tuple[dict[str, Program], str, Winograd]) -> tuple[int, str]:
+        programs, cc, winograd = task
+        try:
+            check(programs, cc, SANITIZED, winograd)
+        except AssertionError as finding:
+            return len(programs), f"{cc}, winograd {winograd}: {finding}"
+        return len(programs), ""
+
+    with ThreadPoolExecutor(of.jobs) as pool:
+        for number, said in pool.map(one, tasks(of.count, of.seed)):
+            done += number
+            findings += bool(said)
+            if said:
+                print(said, flush=True)
+            print(f"\r{done} plans, {findings} findings, {time.monotonic() - began:.0f} s", end="", file=sys.stderr, flush=True)
+    print(f"\n{done} plans, {findings} findings, {time.monotonic() - began:.0f} s")
+    return int(findings > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
