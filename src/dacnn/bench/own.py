@@ -1,4 +1,4 @@
-"""The library's own back ends: ONNX and PT2 files as the library writes them, and kernels packed once in PyTorch."""
+"""The library's own back ends: compiled C, ONNX and PT2 files as the library writes them, kernels packed once in PyTorch."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,6 +8,9 @@ import torch
 from dacnn.bench.contenders import Artefact, Loaded
 from dacnn.bench.onnx_backends import FILE
 from dacnn.bench.torch_backends import load_network
+from dacnn.deploy import runtime
+from dacnn.deploy.c.build import build
+from dacnn.deploy.c.source import to_c
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.graph import Form
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
@@ -16,7 +19,7 @@ from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll
 from dacnn.networks.classifier import Classifier
 
-_PT2 = "network.pt2"
+_PT2, _LIBRARY = "network.pt2", "network.so"
 
 
 def write_onnx(network: Classifier, folder: Path, largest_batch: int) -> None:
@@ -63,3 +66,14 @@ def load_packed(artefact: Artefact) -> Loaded:
 def load_packed_bfloat16(artefact: Artefact) -> Loaded:
     """What `dacnn.pack` makes of the network, in bfloat16."""
     return _packed(artefact, "bfloat16")
+
+
+def write_c(network: Classifier, folder: Path, largest_batch: int) -> None:
+    """Compile the network, its transformed kernels made when it is loaded."""
+    build(to_c(lower(network), name="network"), folder / _LIBRARY)
+
+
+def load_c(artefact: Artefact) -> Loaded:
+    """The compiled network."""
+    compiled = runtime.load(artefact.folder / _LIBRARY)
+    return Loaded(lambda images: compiled(images, artefact.threads))
