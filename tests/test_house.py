@@ -110,6 +110,8 @@ ORDER = [
     "deploy.packing.onednn",
     "deploy.packing.arithmetic",
     "deploy.packing.cuda_graphs",
+    "deploy.packing.steps",
+    "deploy.packing.compiled",
     "deploy.packed",
     "training.recipe",
     "training.recompute",

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,6 +17,7 @@ from dacnn.deploy import packed
 from dacnn.deploy.lower import lower
 from dacnn.deploy.packing import arithmetic, onednn
 from dacnn.deploy.packing.arithmetic import factor_and_addend
+from dacnn.deploy.packing.compiled import compiled, seconds_of
 from dacnn.deploy.program import (
     IMAGES,
     Activate,
@@ -224,7 +226,7 @@ def test_every_network_and_scheme_gives_what_its_program_says(name: str, changes
     assert error_of(ready(images), program, images) < TOLERANCE
     kernels = {name: program.tensors[name].nbytes for name in program.readers()}
     # small kernels are padded to a whole block of channels
-    assert all(kernel.nbytes <= 16 * kernels[kernel.name] for kernel in ready._held.packed.values())
+    assert all(kernel.nbytes <= 16 * kernels[kernel.name] for kernel in ready.steps.held.packed.values())
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 33])
@@ -299,8 +301,8 @@ def test_images_that_do_not_fit_are_refused_in_one_line(small: Program, images: 
 def test_each_kernel_is_held_once(small: Program) -> None:
     ready = dacnn.pack(small, device="cpu")
     kernels = [name for name, readers in small.readers().items() if small.tensors[name].ndim == 4]
-    assert set(ready._held.packed) == set(kernels) and len(kernels) == 2
-    shared = ready._held.packed["anchors.width16"]
+    assert set(ready.steps.held.packed) == set(kernels) and len(kernels) == 2
+    shared = ready.steps.held.packed["anchors.width16"]
     assert small.readers()["anchors.width16"] == 12
     assert shared._plain is None
     assert shared.nbytes == len(shared.kept) * small.tensors["anchors.width16"].nbytes
@@ -326,7 +328,7 @@ def test_readers_that_want_other_layouts_get_packs_of_their_own(small: Program, 
     monkeypatch.setattr(onednn, "_layout", functools.cache(lambda kernel, dtype, geometry, images, threads: f"for {images[2]}"))
     monkeypatch.setattr(onednn, "_saving", lambda *asked: 0.5)
     ready = dacnn.pack(small, device="cpu")
-    shared = ready._held.packed["anchors.width16"]
+    shared = ready.steps.held.packed["anchors.width16"]
     assert shared.kept == ("for 32", "for 16", "for 8")
     assert "3 packs" in ready.describe() and "4x4 (made at every call)" in ready.describe()
     assert ready(images).equal(expected)
@@ -336,7 +338,7 @@ def test_a_pack_that_saves_no_time_is_not_kept(small: Program, monkeypatch: pyte
     monkeypatch.setattr(onednn, "_layout", functools.cache(lambda kernel, dtype, geometry, images, threads: f"for {images[2]}"))
     monkeypatch.setattr(onednn, "_saving", lambda *asked: 0.01)
     ready = dacnn.pack(small, device="cpu")
-    assert ready._held.packed["anchors.width16"].kept == ("for 32",)
+    assert ready.steps.held.packed["anchors.width16"].kept == ("for 32",)
     images = images_of(2, 32, 32)
     assert error_of(ready(images), small, images) < TOLERANCE
 
@@ -401,6 +403,7 @@ def test_a_description_names_every_kernel(small: Program) -> None:
         ({"dtype": "float16"}, "dtype is 'float16': expected auto, float32 or bfloat16"),
         ({"device": "nowhere"}, "device is 'nowhere': expected 'cpu' or 'cuda'"),
         ({"device": "meta"}, "device is 'meta': expected 'cpu' or 'cuda'"),
+        ({"engine": "fortran"}, "engine is 'fortran': expected pytorch, c or auto"),
     ],
 )
 def test_settings_that_there_are_not_are_refused(small: Program, settings: dict[str, Any], says: str) -> None:
@@ -431,7 +434,41 @@ def test_a_program_with_loops_is_refused() -> None:
 def test_expressions_are_evaluated_when_they_are_read_and_not_kept() -> None:
     ready = dacnn.pack(program_of(*CASES["combined"], result="r"), device="cpu")
     bank = TENSORS["bank"].nbytes
-    assert ready._held.plain["bank"].nbytes == bank
-    kernels = sum(kernel.nbytes for kernel in ready._held.packed.values())
+    assert ready.steps.held.plain["bank"].nbytes == bank
+    kernels = sum(kernel.nbytes for kernel in ready.steps.held.packed.values())
     assert ready.nbytes - kernels < bank + 1024
-    assert arithmetic.Held.kernel(ready._held, CombinedKernel("bank", "c")).shape == (CHANNELS, CHANNELS, 3, 3)
+    assert arithmetic.Held.kernel(ready.steps.held, CombinedKernel("bank", "c")).shape == (CHANNELS, CHANNELS, 3, 3)
+
+
+# ---------------------------------------------------------------- compiled C
+
+
+def test_compiled_c_gives_what_the_program_says_and_pytorch_what_it_does_not_take(small: Program) -> None:
+    ready = dacnn.pack(small, engine="c", device="cpu")
+    images = images_of(5, 32, 32)
+    assert error_of(ready(images), small, images) < TOLERANCE
+    assert "compiled C" in ready.describe() and "pack" not in ready.describe()
+    larger, floats = images_of(2, 40, 36), torch.randn(2, 3, 32, 32)
+    for given in (larger, floats):
+        assert error_of(ready(given), small, given) < TOLERANCE
+    assert "1 pack" in ready.describe()
+
+
+def test_the_faster_way_is_taken(small: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = compiled(small)
+    monkeypatch.setattr(packed, "compiled", lambda program: library)
+    for seconds, way in (([1.0, 2.0], "compiled C"), ([2.0, 1.0], "steps")):
+        monkeypatch.setattr(packed, "seconds_of", lambda *calls, seconds=seconds: seconds)
+        assert way in dacnn.pack(small, engine="auto", device="cpu").describe().splitlines()[1]
+
+
+def test_a_trial_gives_the_seconds_of_each_call() -> None:
+    short, long = seconds_of(lambda: None, lambda: time.sleep(0.002))
+    assert 0 <= short < long
+
+
+def test_without_a_compiler_c_is_refused_and_auto_is_pytorch(small: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(DeployError, match="no C compiler: looked for no-such-compiler"):
+        dacnn.pack(small, engine="c", device="cpu")
+    assert "compiled C" not in dacnn.pack(small, engine="auto", device="cpu").describe()

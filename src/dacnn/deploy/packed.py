@@ -1,20 +1,15 @@
 """`pack`: a network as a PyTorch callable for servers, each kernel packed once and read by all its layers."""
 
-import ctypes
-import dataclasses
-import sys
-from typing import Literal
+import threading
+from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dacnn.deploy.fusion import Stored, tasks
 from dacnn.deploy.lower import lower
-from dacnn.deploy.packing import onednn
-from dacnn.deploy.packing.arithmetic import Held, call_of
-from dacnn.deploy.packing.cuda_graphs import Graphs
-from dacnn.deploy.program import IMAGES, Convolve, KernelStep, Program, StoredKernel, references
+from dacnn.deploy.packing.compiled import Library, compiled, seconds_of
+from dacnn.deploy.packing.steps import Steps, outline
+from dacnn.deploy.program import Program
 from dacnn.deploy.shapes import shapes
 from dacnn.errors import ConfigError, DeployError, ShapeError
 from dacnn.networks.classifier import Classifier
@@ -22,6 +17,7 @@ from dacnn.training.precision import best_device, cpu_name, has_bfloat16_units
 
 # N images, C channels, H rows, W columns, K classes
 
+Engine = Literal["pytorch", "c", "auto"]
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # sizes of images that are known to go through
 _MOST_SIZES = 256
@@ -35,42 +31,34 @@ class Packed:
         dtype: Number format of activations and kernels; sums, the linear layers and the logits are float32.
     """
 
-    def __init__(self, program: Program, device: torch.device, dtype: torch.dtype, reason: str) -> None:
+    def __init__(
+        self, program: Program, device: torch.device, dtype: torch.dtype, reason: str, library: Library | None = None
+    ) -> None:
         """Pack a program; `pack` chooses the arguments."""
         self.device = device
         self.dtype = dtype
         self._reason = reason
-        self._tasks = tasks(program)
-        self._held = _hold(program, device, dtype)
-        made = [call_of(task, self._held, program.tensors, program.input) for task in self._tasks]
-        self._calls = [
-            (call, task.values, task.spent, task.step.out) for (call, _), task in zip(made, self._tasks, strict=True)
-        ]
-        self._terms_bytes = sum(one.nbytes for _, own in made for one in own)
-        self._outline = _outline(program)
+        self._outline = outline(program)
         self._sizes: set[tuple[int, int]] = set()
-        self._graphs = Graphs(self._run) if device.type == "cuda" else None
-        of = program.input
-        known = onednn.layouts_known()
-        self._pack_for((1, of.height, of.width, of.channels))
-        if onednn.layouts_known() != known:
-            # the first of its architecture: the code is generated that the first images would wait for
-            self(torch.zeros(1, of.height, of.width, of.channels, dtype=torch.uint8))
-        _give_back_freed_memory()
+        self._library = library
+        # what the library does not take goes through steps, which are packed when such images come
+        self._program = program if library else None
+        self._steps = None if library else Steps(program, device, dtype)
+        self._lock = threading.Lock()
 
-    def _pack_for(self, images: tuple[int, int, int, int]) -> None:
-        """Pack every kernel as images, N x H x W x C, want it: before there are activations, between which packs would lie."""
-        found = shapes(self._outline, *images[:3])
-        for step in self._outline.operations():
-            if isinstance(step, Convolve) and isinstance(step.kernel.tensor, str) and step.kernel.tensor in self._held.packed:
-                slide = onednn.slide_of(step)
-                self._held.packed[step.kernel.tensor].read(slide.geometry, slide.padded(found[step.x]))
+    @property
+    def steps(self) -> Steps:
+        """The steps in PyTorch."""
+        with self._lock:
+            if self._steps is None:
+                assert self._program is not None
+                self._steps, self._program = Steps(self._program, self.device, self.dtype), None
+            return self._steps
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packs, of kernels that are not packed, and of scales and shifts."""
-        kernels = sum(kernel.nbytes for kernel in self._held.packed.values())
-        return kernels + sum(one.nbytes for one in self._held.plain.values()) + self._terms_bytes
+        """Bytes of the packs, of kernels that are not packed, of scales and shifts; of compiled C, those of its library."""
+        return sum(part.nbytes for part in (self._library, self._steps) if part)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Classify images.
@@ -87,16 +75,15 @@ class Packed:
         self._check(images)
         if len(images) == 0:
             return torch.zeros(0, len(self._outline.classes), device=self.device)
+        images = images.to(self.device)
+        if self._library is not None and self._library.takes(images):
+            return self._library(images)
+        steps = self._steps or self.steps
         if torch.is_autocast_enabled(self.device.type):
             # number formats were chosen when this was packed
             with torch.autocast(self.device.type, enabled=False):
-                return self._serve(images)
-        return self._serve(images)
-
-    @torch.no_grad()
-    def _serve(self, images: Tensor) -> Tensor:
-        images = images.to(self.device)
-        return self._run(images) if self._graphs is None else self._graphs(images)
+                return steps(images)
+        return steps(images)
 
     def _check(self, images: object) -> None:
         channels = self._outline.input.channels
@@ -124,28 +111,14 @@ class Packed:
         if len(self._sizes) < _MOST_SIZES:
             self._sizes.add((rows, columns))
 
-    def _run(self, images: Tensor) -> Tensor:
-        values = {IMAGES: images}
-        for call, taken, spent, out in self._calls:
-            given = [values[name] for name in taken]
-            for name in spent:
-                del values[name]
-            values[out] = call(*given)
-            # or it would outlive the next step
-            del given
-        return values[self._outline.result].float()
-
     def describe(self) -> str:
         """What was chosen and why, in lines: number format, packs of every kernel, what is evaluated when it is read."""
-        fused = sum(isinstance(task.step, Stored) for task in self._tasks)
-        lines = [
-            f"{self._outline.name} on {self._where()}: {self._reason}; {self.nbytes:,} bytes held",
-            f"{len(self._tasks)} steps, {fused} of them with scale, shift and ReLU done while values are stored",
-        ]
-        lines += [kernel.describe() for kernel in self._held.packed.values()]
-        for name, one in self._held.plain.items():
-            lines.append(f"{name} {'x'.join(map(str, one.shape))}: as stored, {one.nbytes:,} bytes")
-        return "\n".join(lines)
+        lines = [f"{self._outline.name} on {self._where()}: {self._reason}; {self.nbytes:,} bytes held"]
+        if self._library is not None:
+            network = self._library.network
+            size = "x".join(map(str, network.input_shape))
+            lines.append(f"uint8 images of {size} in compiled C ({network.path}), others in PyTorch")
+        return "\n".join(lines + (self._steps.describe() if self._steps else []))
 
     def _where(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name()
@@ -155,7 +128,11 @@ class Packed:
 
 
 def pack(
-    network: Classifier | Program, *, dtype: Literal["auto", "float32", "bfloat16"] = "float32", device: str | None = None
+    network: Classifier | Program,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32",
+    device: str | None = None,
+    engine: Engine = "pytorch",
 ) -> Packed:
     """Make a network ready to serve: kernels packed once, for all layers that read them.
 
@@ -167,13 +144,16 @@ def pack(
         dtype: Number format of activations and of the kernels of convolutions. `bfloat16` halves the time where the device has
             units for it; where it has none, float32 is used and `describe()` says so. `auto` is the faster of the two.
         device: `cpu` or `cuda`; None is the GPU where there is one.
+        engine: `pytorch`: oneDNN through PyTorch, ready in milliseconds. `c`: C in float32, compiled now, which takes seconds
+            and a C compiler, for uint8 images of the network's size; others go through PyTorch. `auto`: the faster of both,
+            in a short trial on one image, whatever `dtype` is; PyTorch where C cannot be had.
 
     Returns:
         The callable.
 
     Raises:
-        ConfigError: No such dtype or device.
-        DeployError: The network cannot be lowered, or the program has loops.
+        ConfigError: No such dtype, device or engine.
+        DeployError: The network cannot be lowered, the program has loops, or C was asked for and there is no compiler.
 
     Example:
         >>> import dacnn, torch
@@ -181,10 +161,30 @@ def pack(
         >>> packed(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape
         torch.Size([2, 10])
     """
+    if engine not in get_args(Engine):
+        raise ConfigError(f"engine is '{engine}': expected pytorch, c or auto")
     place = _device(device)
+    if engine == "c" and place.type != "cpu":
+        raise ConfigError(f"engine is 'c', but device is '{place.type}': expected 'cpu'")
     chosen, reason = _format(dtype, place)
     program = network if isinstance(network, Program) else lower(network)
-    return Packed(program, place, chosen, reason)
+    if engine == "c":
+        return Packed(program, place, torch.float32, "float32", compiled(program))
+    packed = Packed(program, place, chosen, reason)
+    return _faster(packed, program) if engine == "auto" and place.type == "cpu" else packed
+
+
+def _faster(packed: Packed, program: Program) -> Packed:
+    """What is packed already, or compiled C where that takes less time for an image."""
+    try:
+        in_c = Packed(program, packed.device, torch.float32, "float32", compiled(program))
+    except DeployError:
+        return packed
+    of = program.input
+    image = torch.zeros(1, of.height, of.width, of.channels, dtype=torch.uint8)
+    return min(
+        zip(seconds_of(lambda: in_c(image), lambda: packed(image)), (in_c, packed), strict=True), key=lambda pair: pair[0]
+    )[1]
 
 
 def _device(device: str | None) -> torch.device:
@@ -210,40 +210,3 @@ def _format(dtype: str, place: torch.device) -> tuple[torch.dtype, str]:
     if dtype == "auto":
         return (torch.bfloat16, f"bfloat16, for which this {what} has units") if units else (torch.float32, "float32")
     return _FORMATS[dtype], dtype
-
-
-def _outline(program: Program) -> Program:
-    """The program with tensors that have their shapes and take no memory."""
-    empty = {name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in program.tensors.items()}
-    return dataclasses.replace(program, tensors=empty)
-
-
-def _give_back_freed_memory() -> None:
-    """Ask the C library for it, where it can: it would keep what packing needed for a moment, which is more than what stays."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def _hold(program: Program, device: torch.device, dtype: torch.dtype) -> Held:
-    """The kernels, once each: packed where convolutions alone read them as they are stored."""
-    readers: dict[str, list[KernelStep]] = {}
-    own: list[str] = []
-    for step in program.operations():
-        if isinstance(step, KernelStep):
-            tensor, *others = (name for name in references(step) if isinstance(name, str))
-            readers.setdefault(tensor, []).append(step)
-            own += others
-    packed: dict[str, onednn.PackedKernel] = {}
-    plain: dict[str, Tensor] = {}
-    for name, steps in readers.items():
-        stored = torch.from_numpy(program.tensors[name])
-        convolved = all(isinstance(step, Convolve) and isinstance(step.kernel, StoredKernel) for step in steps)
-        if convolved and device.type == "cpu" and onednn.is_available():
-            packed[name] = onednn.PackedKernel(name, stored.to(dtype))
-        elif convolved:
-            plain[name] = stored.to(device, dtype, copy=True, memory_format=torch.channels_last)
-        else:
-            plain[name] = stored.to(device, copy=True)
-    plain |= {name: torch.from_numpy(program.tensors[name]).to(device, copy=True) for name in own}
-    return Held(device, dtype, packed, plain)
