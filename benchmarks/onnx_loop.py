@@ -22,7 +22,7 @@ import onnxruntime
 
 import dacnn
 from dacnn.deploy.lower import lower
-from dacnn.deploy.onnx import to_onnx, to_onnx_loop
+from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.program import Program
 from dacnn.deploy.roll import roll
 from dacnn.measure.runtimes import artefact_memory

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from dacnn.deploy.onnx import to_onnx, to_onnx_loop
+from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.program import (
     Convolve,
     Flatten,

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dacnn
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -72,3 +74,25 @@ def test_the_benchmark_of_the_onnx_loop_compares_every_form_with_the_plain_one()
     rows = run("onnx_loop.py", "--width", "8", "--rounds", "1", "--runs", "1", "--fresh", "1")["rows"]
     assert [row["form"] for row in rows] == ["plain", "small", "fast"] * 2
     assert all(row["seconds"] > 0 and row["time_ratio"] > 0 and row["file_bytes"] > row["stored_bytes"] for row in rows)
+
+
+def test_the_benchmark_of_packed_networks_compares_both_sides() -> None:
+    table = run("packed.py", "--network", "dacnn3", "--width", "8", "--batches", "1", "2", "--rounds", "3", "--repeats", "1")
+    for rows in table["latency"].values():
+        assert set(rows) == {"onnxruntime", "float32", "bfloat16"}
+        assert all(row["times_as_fast"] > 0 for row in rows.values()) and rows["float32"]["largest_difference"] < 1e-4
+    assert set(table["memory"]) == {"onnxruntime", "float32", "bfloat16"}
+
+
+def test_the_benchmark_of_many_networks_counts_the_memory_of_each() -> None:
+    table = run("many_networks.py", "--network", "dacnn3", "--width", "8", "--count", "5", "--dtypes", "float32")
+    (row,) = table["rows"]
+    assert row["count"] == 5 and row["pack_seconds"] > 0 and row["held_bytes"] > 0
+
+
+def test_the_benchmark_of_exactness_compares_every_back_end_with_float64(tmp_path: Path) -> None:
+    dacnn.train("dacnn3", data="digits", width=8, epochs=1, batch_size=256, out=tmp_path / "run")
+    reference, *rows = run("exactness.py", str(tmp_path / "run"), "--images", "30")["rows"]
+    assert 0 <= reference["top1"] <= 1 and len(rows) == 5
+    assert all(row["images"] == 30 for row in rows)
+    assert all(row["unexplained"] == 0 and row["max_error"] < 1e-5 for row in rows if row["back_end"] != "pack, bfloat16")

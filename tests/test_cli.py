@@ -52,7 +52,10 @@ def test_help_and_version_answer_without_loading_torch() -> None:
     assert "Train a network on images" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "models", "show", "plan", "fold", "count", "export", "audit"])
+COMMANDS = ["train", "eval", "predict", "models", "show", "plan", "fold", "count", "export", "audit", "bench"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example_and_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

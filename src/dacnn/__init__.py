@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
     from dacnn.deploy import runtime
     from dacnn.deploy.export import export
+    from dacnn.deploy.packed import pack
     from dacnn.errors import DacnnError
     from dacnn.measure.audit import audit
     from dacnn.measure.count import count
@@ -52,6 +53,7 @@ _HOMES = {
     "fold": "networks.fold",
     "load": "checkpoint",
     "measure_training_memory": "measure.memory",
+    "pack": "deploy.packed",
     "predict": "prediction",
     "predict_training_memory": "measure.memory",
     "read_config": "config",
@@ -87,6 +89,7 @@ __all__ = [
     "fold",
     "load",
     "measure_training_memory",
+    "pack",
     "predict",
     "predict_training_memory",
     "read_config",

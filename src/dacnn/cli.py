@@ -8,6 +8,7 @@ import tyro
 
 from dacnn import __version__
 from dacnn.commands.artefacts import audit, export
+from dacnn.commands.benches import bench
 from dacnn.commands.networks import count, models, plan, show
 from dacnn.commands.runs import eval, fold, predict, train
 from dacnn.errors import DacnnError, Interrupted
@@ -23,6 +24,7 @@ _COMMANDS: dict[str, Any] = {
     "count": count,
     "export": export,
     "audit": audit,
+    "bench": bench,
 }
 
 

@@ -1,4 +1,4 @@
-"""Pictures: who reads which kernel, and what is taken for what."""
+"""Pictures: who reads which kernel, what is taken for what, and what memory and time it takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,9 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import LogFormatter
 
+from dacnn.bench.results import Bench
 from dacnn.checkpoint import replacing
 from dacnn.errors import ConfigError
 from dacnn.networks.plan import Layer, Plan
@@ -18,10 +20,26 @@ _FORMATS = ("png", "svg", "pdf")
 _OWN = "#d9d9d9"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def check_picture(path: Path) -> str:
+    """Refuse a picture that could not be written in the end.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The format that its ending names.
+
+    Raises:
+        ConfigError: The ending is another one.
+    """
     ending = path.suffix.lower().removeprefix(".")
     if ending not in _FORMATS:
         raise ConfigError(f"{path}: a picture ends in one of {', '.join('.' + ending for ending in _FORMATS)}")
+    return ending
+
+
+def _save(figure: Figure, path: Path) -> None:
+    ending = check_picture(path)
     with replacing(path) as beside:
         figure.savefig(beside, format=ending, dpi=150, bbox_inches="tight")
 
@@ -177,4 +195,51 @@ def draw_confusion(evaluation: Evaluation, path: Path) -> None:
         for row, column in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=colour)
+    _save(figure, path)
+
+
+def draw_bench(bench: Bench, path: Path) -> None:
+    """Draw memory against the latency of the smallest batch: a dot the shared network, a ring its twin, a line between them.
+
+    Args:
+        bench: The measurements; contenders that failed, and all where memory is not told, are left out.
+        path: The picture, `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        ConfigError: The ending is another one.
+        CheckpointError: The file cannot be written.
+    """
+    figure = Figure(figsize=(8.5, 4.8))
+    axes = figure.add_subplot()
+    palette = colormaps["tab20"]
+    names = list(dict.fromkeys(row.contender.name for row in bench.rows))
+    places: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for row in bench.rows:
+        if row.memory_bytes is None or not row.latencies:
+            continue
+        latency = min(row.latencies, key=lambda latency: latency.batch)
+        # what adds nothing, or less, stands at a page: the axis has no zero
+        x, y = max(row.memory_bytes, 4096) / 1e6, 1e3 * latency.seconds
+        spread = [[y - 1e3 * latency.low_seconds], [1e3 * latency.high_seconds - y]]
+        colour = palette(names.index(row.contender.name) % 20)
+        shared = row.side == "shared"
+        label = f"{row.contender.name}: {x:,.1f} MB, {y:,.2f} ms" if shared else None
+        fill = colour if shared else "white"
+        axes.errorbar(x, y, spread, fmt="o", color=colour, markerfacecolor=fill, capsize=2, elinewidth=0.8, label=label)
+        places[row.contender.name].append((x, y))
+    for index, name in enumerate(names):
+        if len(places[name]) == 2:
+            axes.plot(*zip(*places[name], strict=True), color=palette(index % 20), lw=0.7, zorder=0)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(LogFormatter())
+        # 3, 4 and 6 instead of powers of ten, of which few decades have any
+        axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axes.set_xlabel("private memory added by loading it, MB")
+    axes.set_ylabel(f"latency at batch {min(bench.batches)}, ms")
+    axes.set_title(f"{bench.network}, {bench.cpu}, {bench.threads} thread(s): filled shared, hollow twin", fontsize=9)
+    axes.grid(alpha=0.3, which="both")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     _save(figure, path)

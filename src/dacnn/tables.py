@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from dacnn.bench.results import Bench, Row
 from dacnn.config import TrainingConfig
 from dacnn.deploy.export import Exported
 from dacnn.measure.audit import Audit, Kernel
@@ -244,3 +245,34 @@ def export_table(done: Exported, compared_on: str) -> RenderableType:
     table.add_row("largest error", f"{done.parity.max_error:.1e} of the largest logit, against float64")
     table.add_row("same first guess", f"{done.parity.top1_agreement:.2%}")
     return table
+
+
+def bench_table(bench: Bench) -> RenderableType:
+    """A contender a row, the shared network's first; then what was measured, where, and who could not run."""
+    headings = ["file kB", "memory MB"]
+    for batch in bench.batches:
+        headings += [f"batch {batch}\nms", "\n±", "of\npeak"]
+    table = _table(escape(f"{bench.network}: {bench.cpu}"), "", right=(*headings, "top-1", "error"))
+    table.columns[0].overflow = "fold"
+    for side in dict.fromkeys(row.side for row in bench.rows):
+        table.add_section()
+        table.add_row(Text({"shared": "shared", "twin": "unshared twin"}[side], style="bold"))
+        for row in bench.rows:
+            if row.side == side and row.failure is None:
+                table.add_row(row.contender.name, *_bench_figures(row))
+    lines = [f"{row.contender.name} ({row.side}): {row.failure}" for row in bench.rows if row.failure is not None]
+    lines += [f"no unshared twin: {bench.twin}"] if bench.twin else []
+    compared = f"top-1 and error against float64 on {bench.source}"
+    timed = f"{bench.threads} thread(s), medians of {bench.rounds} round(s), ±: half of what lies between the extreme ones"
+    peak = f"peak {bench.peak_macs_per_second / 1e9:,.1f} G multiply-adds a second in float32"
+    lines += ["", f"{timed}; {compared}; {bench.macs / 1e6:,.1f} M multiply-adds an image, {peak}"]
+    return Group(table, *map(Text, lines))
+
+
+def _bench_figures(row: Row) -> list[str]:
+    memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / 1e6:,.1f}"
+    cells = [f"{(row.file_bytes or 0) / 1e3:,.0f}", memory]
+    for latency in row.latencies:
+        spread = (latency.high_seconds - latency.low_seconds) / 2 / latency.seconds
+        cells += [f"{1e3 * latency.seconds:,.2f}", f"{spread:.0%}", f"{latency.peak_share:.0%}"]
+    return [*cells, f"{row.top1_agreement:.1%}", f"{row.max_error:.0e}"]

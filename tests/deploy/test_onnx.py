@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-import dacnn.deploy.onnx
-from dacnn.deploy.onnx import to_onnx, to_onnx_loop
+import dacnn.deploy.onnx.model
+from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.program import (
     Activate,
     Add,
@@ -193,7 +193,7 @@ def test_loops_are_refused_in_the_flat_form() -> None:
 
 
 def test_what_one_file_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dacnn.deploy.onnx, "_LARGEST_BYTES", 100)
+    monkeypatch.setattr(dacnn.deploy.onnx.model, "_LARGEST_BYTES", 100)
     with pytest.raises(DeployError, match="bytes of tensors: expected at most 100"):
         to_onnx_loop(TINY)
 

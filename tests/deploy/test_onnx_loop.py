@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dacnn.deploy.onnx import to_onnx_loop
+from dacnn.deploy.onnx.model import to_onnx_loop
 from dacnn.deploy.program import (
     Activate,
     Add,

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 import foreign
 from dacnn.config import NetworkConfig
 from dacnn.deploy.lower import lower
-from dacnn.deploy.onnx import to_onnx, to_onnx_loop
+from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.program import Program
 from dacnn.deploy.roll import roll
 from dacnn.networks.classifier import Classifier

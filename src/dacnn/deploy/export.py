@@ -16,7 +16,7 @@ from dacnn.deploy.c.files import Wanted, write_c
 from dacnn.deploy.c.source import Winograd
 from dacnn.deploy.c.target import Footprint, Microcontroller
 from dacnn.deploy.lower import lower
-from dacnn.deploy.onnx import to_onnx, to_onnx_loop
+from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.parity import Parity, check, measure, noise_images, reference_logits
 from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll

@@ -14,6 +14,7 @@ from dacnn.deploy.program import (
     Add,
     Convolve,
     Flatten,
+    GlobalAverage,
     KernelStep,
     MaxPool,
     Normalize,
@@ -91,7 +92,7 @@ def tasks(program: Program, *, sums: bool = False, pools: bool = False) -> tuple
         owned = values[0] in spent and values[0] in own and values.count(values[0]) == 1
         found.append(Task(step, values, spent, owned))
         # these may give a view, or the very tensor that they were given
-        if not isinstance(step, Normalize | Flatten | ScaleShift):
+        if not isinstance(step, Normalize | Flatten | ScaleShift | GlobalAverage):
             own.add(step.out)
     return tuple(found)
 

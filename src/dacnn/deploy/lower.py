@@ -2,16 +2,16 @@
 
 import torch
 
-from dacnn.deploy.drafts import Affine, Draft, Unflatten, living, merged, renamed
-from dacnn.deploy.graph import Graph, shape_of
-from dacnn.deploy.kernels import Kernels
-from dacnn.deploy.pixels import as_pixels
-from dacnn.deploy.pointwise import POINTWISE
+from dacnn.deploy.lowering.drafts import Affine, Draft, Unflatten, living, merged, renamed
+from dacnn.deploy.lowering.graph import Graph, shape_of
+from dacnn.deploy.lowering.kernels import Kernels
+from dacnn.deploy.lowering.pixels import as_pixels
+from dacnn.deploy.lowering.pointwise import POINTWISE
+from dacnn.deploy.lowering.reshapes import RESHAPES
+from dacnn.deploy.lowering.translation import Translation
+from dacnn.deploy.lowering.weighted import WEIGHTED
+from dacnn.deploy.lowering.windows import WINDOWS
 from dacnn.deploy.program import IMAGES, Operation, Program, ScaleShift, references
-from dacnn.deploy.reshapes import RESHAPES
-from dacnn.deploy.translation import Translation
-from dacnn.deploy.weighted import WEIGHTED
-from dacnn.deploy.windows import WINDOWS
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.network import Network
 

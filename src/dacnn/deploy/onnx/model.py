@@ -5,9 +5,9 @@ import json
 from typing import TYPE_CHECKING
 
 from dacnn import __version__
-from dacnn.deploy.onnx_graph import Form, Graph, Model
-from dacnn.deploy.onnx_loops import write_steps
-from dacnn.deploy.onnx_shapes import Shape, depends_on_image_size, shapes_of
+from dacnn.deploy.onnx.graph import Form, Graph, Model
+from dacnn.deploy.onnx.loops import write_steps
+from dacnn.deploy.onnx.shapes import Shape, depends_on_image_size, shapes_of
 from dacnn.deploy.program import IMAGES, Normalize, Program
 from dacnn.deploy.shapes import flat_steps
 from dacnn.errors import DeployError

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from dacnn.deploy.graph import shape_of
+from dacnn.deploy.lowering.graph import shape_of
+from dacnn.deploy.lowering.translation import Arguments, Step, Translation, Value, written
 from dacnn.deploy.program import Activate, ActivationKind, Add, Multiply
-from dacnn.deploy.translation import Arguments, Step, Translation, Value, written
 
 
 def _activate(kind: ActivationKind) -> Step:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dacnn.deploy.onnx_graph import Graph
-from dacnn.deploy.onnx_steps import write
+from dacnn.deploy.onnx.graph import Graph
+from dacnn.deploy.onnx.steps import write
 from dacnn.deploy.program import Branch, KernelStep, Loop, Step, StoredKernel
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from dacnn.deploy.drafts import Affine, Draft, Unflatten
-from dacnn.deploy.graph import Graph, Operation, Shape, operation_of, shape_of
-from dacnn.deploy.kernels import Kernels
+from dacnn.deploy.lowering.drafts import Affine, Draft, Unflatten
+from dacnn.deploy.lowering.graph import Graph, Operation, Shape, operation_of, shape_of
+from dacnn.deploy.lowering.kernels import Kernels
 from dacnn.deploy.program import IMAGES, Flatten, Normalize
 from dacnn.errors import DeployError
 

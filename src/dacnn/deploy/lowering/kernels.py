@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
 
-from dacnn.deploy.graph import Graph
+from dacnn.deploy.lowering.graph import Graph
 from dacnn.deploy.program import CombinedKernel, Kernel, RepeatedKernel, StoredKernel
 from dacnn.sharing.anchors import Combine, Expression, Repeat, Stored, parameter_name
 

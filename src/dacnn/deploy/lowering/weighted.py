@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from dacnn.deploy.graph import Shape, shape_of
+from dacnn.deploy.lowering.graph import Shape, shape_of
+from dacnn.deploy.lowering.translation import Arguments, Padding, Step, Translation, Value, pair, written
 from dacnn.deploy.program import Convolve, Linear
-from dacnn.deploy.translation import Arguments, Padding, Step, Translation, Value, pair, written
 
 # N images, C channels, H rows, W columns, F features
 

@@ -49,7 +49,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Unflatten:
-    """N x F -> N x F x 1 x 1, which is no step: what gives such a value is changed, see `dacnn.deploy.pixels`.
+    """N x F -> N x F x 1 x 1, which is no step: what gives such a value is changed, see `dacnn.deploy.lowering.pixels`.
 
     Attributes:
         out: Name of what it gives.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dacnn.deploy.onnx_graph import Graph
+from dacnn.deploy.onnx.graph import Graph
 from dacnn.deploy.program import (
     Activate,
     Add,

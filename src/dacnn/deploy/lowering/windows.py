@@ -5,9 +5,9 @@ import math
 
 from torch.fx import Node
 
-from dacnn.deploy.graph import shape_of
+from dacnn.deploy.lowering.graph import shape_of
+from dacnn.deploy.lowering.translation import Arguments, Step, Translation, Value, pair, written
 from dacnn.deploy.program import AveragePool, GlobalAverage, MaxPool
-from dacnn.deploy.translation import Arguments, Step, Translation, Value, pair, written
 
 # N images, C channels, H rows, W columns
 

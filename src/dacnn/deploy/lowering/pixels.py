@@ -7,9 +7,9 @@ done on N x C x 1 x 1.
 
 from collections.abc import Sequence
 
-from dacnn.deploy.drafts import Draft, Unflatten, renamed, taken
+from dacnn.deploy.lowering.drafts import Draft, Unflatten, renamed, taken
+from dacnn.deploy.lowering.translation import Translation
 from dacnn.deploy.program import Convolve, Flatten, Linear
-from dacnn.deploy.translation import Translation
 
 # N images, C channels, H rows, W columns, O output channels, I input channels
 

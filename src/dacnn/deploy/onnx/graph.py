@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dacnn.deploy.onnx_shapes import Shape, Shapes
+from dacnn.deploy.onnx.shapes import Shape, Shapes
 from dacnn.deploy.program import KernelStep, Program, Reference, Row
 from dacnn.errors import ArtefactError, DeployError
 from dacnn.measure.onnx_arrays import import_onnx

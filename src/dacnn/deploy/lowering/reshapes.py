@@ -5,9 +5,9 @@ import dataclasses
 import torch
 from torch.fx import Node
 
-from dacnn.deploy.graph import shape_of
+from dacnn.deploy.lowering.graph import shape_of
+from dacnn.deploy.lowering.translation import Arguments, Step, Translation, Value
 from dacnn.deploy.program import Rotate
-from dacnn.deploy.translation import Arguments, Step, Translation, Value
 
 
 def _roll(to: Translation, node: Node, given: Arguments) -> Value:

@@ -1,0 +1,67 @@
+"""What reads ONNX files: ONNX Runtime and OpenVINO. Only the writing imports PyTorch."""
+
+from pathlib import Path
+from typing import Any
+
+from dacnn.bench.contenders import Artefact, Loaded
+
+FILE = "network.onnx"
+
+
+def write(network: Any, folder: Path, largest_batch: int) -> None:
+    """Write what `torch.onnx.export` makes of the layers, for batches of any size."""
+    import torch
+
+    from dacnn.bench.twin import classifier_only
+
+    of = network.input
+    # of a batch of one it would take the size for a constant
+    images = torch.zeros(2, of.channels, of.height, of.width)
+    torch.onnx.export(
+        classifier_only(network),
+        (images,),
+        folder / FILE,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+
+
+def _onnxruntime(artefact: Artefact, optimised: bool) -> Loaded:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = artefact.threads, 1
+    options.log_severity_level = 4
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(artefact.folder / FILE), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return Loaded(lambda images: session.run(None, {name: images})[0])
+
+
+def load_onnxruntime(artefact: Artefact) -> Loaded:
+    """A session of ONNX Runtime, its optimisation at its default."""
+    return _onnxruntime(artefact, optimised=True)
+
+
+def load_onnxruntime_off(artefact: Artefact) -> Loaded:
+    """A session of ONNX Runtime that runs the graph as it stands in the file."""
+    return _onnxruntime(artefact, optimised=False)
+
+
+def load_openvino(artefact: Artefact) -> Loaded:
+    """A model that OpenVINO compiled for the CPU."""
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": artefact.threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        # by itself it would take bfloat16 where the CPU has units for it
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    model = openvino.Core().compile_model(str(artefact.folder / FILE), "CPU", settings)
+    request = model.create_infer_request()
+    return Loaded(lambda images: request.infer([images], share_inputs=True)[model.output(0)])

@@ -1,0 +1,1 @@
+"""From a `torch.export` graph to the steps of a Program."""

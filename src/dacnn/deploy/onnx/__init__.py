@@ -1,0 +1,1 @@
+"""A Program as an ONNX model."""
