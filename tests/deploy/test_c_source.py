@@ -65,6 +65,16 @@ def test_a_name_that_c_cannot_have_is_refused_with_one_that_it_can(word: str, be
     assert identifier(better) == better
 
 
+def test_no_name_that_is_given_is_one_that_the_file_has_already(tmp_path: Path) -> None:
+    wide = program(Convolve("y", "x", StoredKernel("k"), padding=(1, 1, 1, 1)), channels=16, k=drawn(16, C, 3, 3))
+    names = ["load", "find", "place", "can", "apply", "int"]
+    paths = [write(to_c(wide, name=name), tmp_path).name for name in names]
+    done = subprocess.run(
+        [tool("gcc"), *STRICT, "-fsyntax-only", *paths], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_each_kernel_is_in_the_file_once() -> None:
     steps = [Convolve(f"r{index + 1}", f"r{index}", StoredKernel("k"), padding=(1, 1, 1, 1)) for index in range(5)]
     first = dataclasses.replace(steps[0], x="x")

@@ -106,6 +106,7 @@ def _exported(name: str, about: str, load: str, runtime: str = "onnxruntime") ->
 
 
 _ALL = (
+    Contender("dacnn-c", "`dacnn export --to c`, compiled here", f"{_OWN}:write_c", f"{_OWN}:load_c", "uint8", package="dacnn"),
     Contender("dacnn-pack", "dacnn.pack in float32", f"{_TORCH}:write", f"{_OWN}:load_packed", "uint8"),
     Contender("dacnn-pack-bfloat16", "dacnn.pack in bfloat16", f"{_TORCH}:write", f"{_OWN}:load_packed_bfloat16", "uint8"),
     Contender("dacnn-pt2", "`--to pt2` in PyTorch", f"{_OWN}:write_pt2", f"{_OWN}:load_pt2", "uint8"),

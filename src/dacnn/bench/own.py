@@ -1,4 +1,4 @@
-"""The library's own back ends: ONNX and PT2 files as the library writes them, and kernels packed once in PyTorch."""
+"""The library's own back ends: compiled C, ONNX and PT2 files as the library writes them, kernels packed once in PyTorch."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,6 +8,9 @@ import torch
 from dacnn.bench.contenders import Artefact, Loaded
 from dacnn.bench.onnx_backends import FILE
 from dacnn.bench.torch_backends import load_network
+from dacnn.deploy import runtime
+from dacnn.deploy.c.build import build
+from dacnn.deploy.c.source import to_c
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.graph import Form
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
@@ -17,6 +20,18 @@ from dacnn.deploy.roll import roll
 from dacnn.networks.classifier import Classifier
 
 _PT2 = "network.pt2"
+_LIBRARY = "network.so"
+
+
+def write_c(network: Classifier, folder: Path, largest_batch: int) -> None:
+    """Write the generated C as a shared library."""
+    build(to_c(lower(network), name="network"), folder / _LIBRARY)
+
+
+def load_c(artefact: Artefact) -> Loaded:
+    """The shared library, images divided among threads."""
+    compiled = runtime.load(artefact.folder / _LIBRARY)
+    return Loaded(lambda images: compiled(images, artefact.threads))
 
 
 def write_onnx(network: Classifier, folder: Path, largest_batch: int) -> None:
