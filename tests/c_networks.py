@@ -1,10 +1,11 @@
 """Networks as C: compiled with every warning an error and under sanitizers, run, and compared with their interpreter."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from dacnn.config import NetworkConfig
 from dacnn.deploy.c.build import write
 from dacnn.deploy.c.source import Winograd, to_c
-from dacnn.deploy.program import Program
+from dacnn.deploy.program import IMAGES, Add, Program, Step, operands
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Input
 from dacnn.networks.zoo import plan_of
@@ -25,9 +26,10 @@ from reference import randomise
 
 HARNESS = Path(__file__).parent / "deploy" / "c_harness.c"
 STRICT = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror")
-SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# unoptimised: most of the time goes into compiling, and what optimisers do is for the tests of the fast code
+SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 PATHS = ("portable", "vector", "avx2", "avx512")
-IMAGES = 2
+COUNT = 2
 # of the largest logit: random deep plans err by 1e-4 in float32 itself, and Winograd's convolution by a few times that
 TOLERANCE = 1e-3
 
@@ -63,7 +65,7 @@ def compiled(
     ]
     lines = [f'#include "{name}.h"' for name in names]
     (folder / "networks.h").write_text("\n".join([*lines, f"#define NETWORKS(X) {' '.join(f'X({name})' for name in names)}\n"]))
-    words = [tool(cc), *STRICT, *flags, f"-DIMAGES={IMAGES}", f"-I{folder}", "-o", "networks", *sources, str(HARNESS), "-lm"]
+    words = [tool(cc), *STRICT, *flags, f"-DIMAGES={COUNT}", f"-I{folder}", "-o", "networks", *sources, str(HARNESS), "-lm"]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:4000]
     return folder / "networks"
@@ -82,17 +84,45 @@ def executed(
         for path in PATHS:
             there, rest = rest[0], rest[1:]
             if there:
-                size = 4 * IMAGES * len(program.classes)
-                logits[path] = np.frombuffer(rest[:size], np.float32).reshape(IMAGES, -1)
+                size = 4 * COUNT * len(program.classes)
+                logits[path] = np.frombuffer(rest[:size], np.float32).reshape(COUNT, -1)
                 rest = rest[size:]
         found.append(logits)
     assert rest == b""
     return found
 
 
+def side_by_side(programs: Iterable[Program]) -> Program:
+    """One program that runs all of them on the same images, which must be of one kind, and adds their logits up."""
+    steps: list[Step] = []
+    tensors: dict[str, NDArray[np.float32]] = {}
+    total = ""
+    for number, of in enumerate(programs):
+        names = {name: name if name == IMAGES else f"{number}.{name}" for step in of.steps for name in operands(step)}
+        names |= {step.out: f"{number}.{step.out}" for step in of.steps}
+        tensors |= {f"{number}.{name}": tensor for name, tensor in of.tensors.items()}
+        steps += [_renamed(step, names, f"{number}.") for step in of.steps]
+        if total:
+            steps.append(Add(f"sum{number}", total, names[of.result]))
+        total = f"sum{number}" if total else names[of.result]
+    return dataclasses.replace(of, steps=tuple(steps), tensors=tensors, result=total)
+
+
+def _renamed(step: Any, names: Mapping[str, str], prefix: str) -> Any:
+    """A step with other names of values and tensors."""
+    changes: dict[str, Any] = {field: names[getattr(step, field)] for field in ("out", "x", "y") if hasattr(step, field)}
+    for field in ("scale", "shift"):
+        if getattr(step, field, None) is not None:
+            changes[field] = prefix + getattr(step, field)
+    if hasattr(step, "kernel"):
+        tensors = {item.name: prefix + getattr(step.kernel, item.name) for item in dataclasses.fields(step.kernel)}
+        changes["kernel"] = dataclasses.replace(step.kernel, **tensors)
+    return dataclasses.replace(step, **changes)
+
+
 def images_for(program: Program, seed: int = 0) -> NDArray[np.uint8]:
     of = program.input
-    shape = (IMAGES, of.height, of.width, of.channels)
+    shape = (COUNT, of.height, of.width, of.channels)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -102,15 +132,16 @@ def check(
     flags: Sequence[str] = SANITIZED,
     winograd: Winograd = "init",
     relative: float = TOLERANCE,
+    paths: tuple[str, ...] | None = None,
 ) -> None:
-    """Every path of every program against the interpreter."""
+    """Every path of every program against the interpreter; `paths` are those that there must be, None: the plain one."""
     of = list(programs.values())
     images = [images_for(program) for program in of]
     with tempfile.TemporaryDirectory() as folder:
         found = executed(of, images, compiled(of, Path(folder), cc, flags, winograd))
-    for name, program, part, paths in zip(programs, of, images, found, strict=True):
+    for name, program, part, logits_by in zip(programs, of, images, found, strict=True):
         expected = run(program, part)
-        assert "portable" in paths
-        for path, logits in paths.items():
+        assert "portable" in logits_by if paths is None else paths == tuple(logits_by)
+        for path, logits in logits_by.items():
             error = np.abs(logits - expected).max() / np.abs(expected).max()
             assert error <= relative, f"{name}, {path}: {error:.1e}"

@@ -102,6 +102,7 @@ ORDER = [
     "deploy.c.source",
     "deploy.c.provenance",
     "deploy.c.build",
+    "deploy.c.target",
     "deploy.runtime",
     "deploy.c.files",
     "deploy.export",

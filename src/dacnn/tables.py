@@ -238,6 +238,9 @@ def export_table(done: Exported, compared_on: str) -> RenderableType:
         table.add_row("beside it", Text(", ".join(path.name for path in done.others)))
     if done.workspace_bytes is not None:
         table.add_row("memory", f"{done.workspace_bytes:,} bytes a call, {done.context_bytes:,} bytes once")
+    if done.footprint is not None:
+        size = done.footprint
+        table.add_row(size.target, f"{size.flash_bytes:,} bytes of flash, {size.ram_bytes:,} bytes of RAM and the stack")
     table.add_row("compared on", Text(compared_on))
     table.add_row("largest error", f"{done.parity.max_error:.1e} of the largest logit, against float64")
     table.add_row("same first guess", f"{done.parity.top1_agreement:.2%}")

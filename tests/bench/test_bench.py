@@ -13,6 +13,7 @@ import torch
 
 import dacnn
 import stand_ins
+from c_networks import tool
 from dacnn.bench import contenders
 from dacnn.bench.child import Child
 from dacnn.bench.contenders import CONTENDERS, chosen
@@ -186,6 +187,11 @@ def test_a_peer_computes_the_same(name: str) -> None:
 
 def test_back_ends_of_ours_compute_the_same() -> None:
     check_alone("dacnn-pack", "dacnn-pt2", "dacnn-loop-small", "dacnn-loop-fast", "pytorch")
+
+
+def test_compiled_c_computes_the_same() -> None:
+    tool("gcc")
+    check_alone("dacnn-c")
 
 
 def test_a_process_of_another_runtime_has_no_pytorch() -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from c_networks import SANITIZED, check
+from c_networks import SANITIZED, check, side_by_side
+from dacnn.deploy.c.source import Winograd
 from dacnn.deploy.program import (
     Activate,
     Add,
@@ -14,10 +15,12 @@ from dacnn.deploy.program import (
     Linear,
     MaxPool,
     Multiply,
+    Normalize,
     Program,
     RepeatedKernel,
     Rotate,
     ScaleShift,
+    Step,
     StoredKernel,
 )
 from onnx_programs import INPUT, C, drawn, program
@@ -205,8 +208,63 @@ FEATURES: dict[str, Program] = {
 }
 
 
+GROUPS = {"convolutions": CONVOLUTIONS, "stores": STORES, "others": OTHERS, "features": FEATURES}
+
+
 @pytest.mark.parametrize("cc", ["gcc", "clang"])
-@pytest.mark.parametrize("kind", ["convolutions", "stores", "others", "features"])
+@pytest.mark.parametrize("kind", GROUPS)
 def test_an_operation_gives_what_the_interpreter_gives(kind: str, cc: str) -> None:
-    programs = {"convolutions": CONVOLUTIONS, "stores": STORES, "others": OTHERS, "features": FEATURES}[kind]
-    check(programs, cc, SANITIZED, relative=EXACT)
+    # one compilation for all of them; only what is wrong is searched one by one
+    whole = {kind: side_by_side(GROUPS[kind].values())}
+    try:
+        check(whole, cc, relative=EXACT)
+    except AssertionError:
+        for name, one in GROUPS[kind].items():
+            check({name: one}, cc, relative=EXACT)
+        raise
+
+
+def only(*steps: Step, classes: int, **tensors: object) -> Program:
+    """Nothing but these steps, from `planes`, the normalised image, to `logits`."""
+    of = (Normalize("planes", "images"), *steps)
+    return Program("only", INPUT, tuple(map(str, range(classes))), of, "logits", tensors)  # type: ignore[arg-type]
+
+
+AVERAGED = (GlobalAverage("mean", "y"), Flatten("logits", "mean"))
+# what needs one kind of code must not bring functions that nobody calls: a compiler warns
+ALONE: dict[str, Program] = {
+    "nothing": only(GlobalAverage("mean", "planes"), Flatten("logits", "mean"), classes=3),
+    "the image": only(Flatten("logits", "planes"), classes=3 * INPUT.height * INPUT.width),
+    "linear": only(Flatten("y", "planes"), Linear("logits", "y", StoredKernel("k")), classes=5, k=drawn(5, 360)),
+    "winograd": only(Convolve("y", "planes", StoredKernel("k"), padding=SAME), *AVERAGED, classes=33, k=drawn(33, 3, 3, 3)),
+    "winograd, wide": only(
+        Convolve("x", "planes", StoredKernel("stem"), padding=SAME),
+        Convolve("y", "x", StoredKernel("k"), padding=SAME),
+        *AVERAGED,
+        classes=16,
+        stem=drawn(16, 3, 3, 3),
+        k=drawn(16, 16, 3, 3),
+    ),
+    "depthwise": only(Convolve("y", "planes", StoredKernel("k"), groups=3), *AVERAGED, classes=3, k=drawn(3, 1, 3, 3)),
+    "groups": only(Convolve("y", "planes", StoredKernel("k"), groups=3), *AVERAGED, classes=6, k=drawn(6, 1, 3, 3)),
+    "combination": only(
+        Convolve("y", "planes", CombinedKernel("k", "c"), padding=SAME),
+        *AVERAGED,
+        classes=16,
+        k=drawn(2, 16, 3, 3, 3),
+        c=drawn(2),
+    ),
+}
+
+
+@pytest.mark.parametrize("cc", ["gcc", "clang"])
+def test_a_network_has_only_the_code_that_it_needs(cc: str) -> None:
+    check(ALONE, cc, relative=EXACT)
+
+
+@pytest.mark.parametrize("cc", ["gcc", "clang"])
+@pytest.mark.parametrize("winograd", ["init", "file"])
+def test_plain_code_can_be_had_alone(cc: str, winograd: Winograd) -> None:
+    programs = {"a": side_by_side(GROUPS["convolutions"].values()), "b": ALONE["winograd, wide"], "c": ALONE["combination"]}
+    portable = [f"-Dnet{index}_PORTABLE" for index in range(len(programs))]
+    check(programs, cc, (*SANITIZED, *portable), winograd, relative=EXACT, paths=("portable",))

@@ -32,6 +32,12 @@ def export(
         ),
     ] = None,
     build: Annotated[bool, word("of c: also write a shared library, for dacnn.runtime.load")] = False,
+    target: Annotated[
+        Literal["cortex-m4", "cortex-m7"] | None,
+        word("of c: also compile it for this microcontroller and measure it", "cortex-m4|cortex-m7"),
+    ] = None,
+    flash_budget: Annotated[str | None, word("of its flash the most to take, such as 256kB", "BYTES")] = None,
+    ram_budget: Annotated[str | None, word("of its RAM the most to take", "BYTES")] = None,
     images: Annotated[int, arg(help="test images to compare on")] = 256,
     data: Source = None,
     into: Into = None,
@@ -47,9 +53,11 @@ def export(
     from dacnn import tables
     from dacnn.checkpoint import load
     from dacnn.deploy.export import export as export_network
+    from dacnn.measure.proposals import parse_bytes
     from dacnn.progress import bar
     from dacnn.training.run import some_images
 
+    flash_bytes, ram_bytes = (None if size is None else parse_bytes(size) for size in (flash_budget, ram_budget))
     network = load(run, into)
     with bar("loading") as tick:
         compared, what = some_images(
@@ -61,7 +69,17 @@ def export(
             **settings_of(data_settings),
         )
     done = export_network(
-        network, to, out, float_input=input == "float", form=form, winograd=winograd, build=build, images=compared
+        network,
+        to,
+        out,
+        float_input=input == "float",
+        form=form,
+        winograd=winograd,
+        build=build,
+        target=target,
+        flash_budget=flash_bytes,
+        ram_budget=ram_bytes,
+        images=compared,
     )
     if json:
         tables.show_json({**done.to_table(), "compared_on": what})

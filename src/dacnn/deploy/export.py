@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dacnn.checkpoint import replacing, stored_once
-from dacnn.deploy.c.files import write_c
+from dacnn.deploy.c.files import Wanted, write_c
 from dacnn.deploy.c.source import Winograd
+from dacnn.deploy.c.target import Footprint, Microcontroller
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.parity import Parity, check, measure, noise_images, reference_logits
@@ -43,6 +44,7 @@ class Exported:
         others: Files that belong to it: of C the header, an example, the compiled library.
         workspace_bytes: Of C: memory that one call needs.
         context_bytes: Of C: memory that all calls share.
+        footprint: Of C: memory of a microcontroller.
     """
 
     target: Target
@@ -53,6 +55,7 @@ class Exported:
     others: tuple[Path, ...] = ()
     workspace_bytes: int | None = None
     context_bytes: int | None = None
+    footprint: Footprint | None = None
 
     def to_table(self) -> dict[str, Any]:
         """The fields as plain values; those of C only where there are any."""
@@ -69,6 +72,9 @@ def export(
     form: Form | None = None,
     winograd: Winograd | None = None,
     build: bool = False,
+    target: Microcontroller | None = None,
+    flash_budget: int | None = None,
+    ram_budget: int | None = None,
     images: Tensor | None = None,
 ) -> Exported:
     """Write a network for another runtime and compare what that computes with what the network computes.
@@ -83,6 +89,9 @@ def export(
         winograd: Of `c`: where the kernels of Winograd's convolution come from: `init` computes them at the start, `file` has
             them in the file, `off` does without that convolution; None: init.
         build: Of `c`: also write a shared library, NAME.so, which `dacnn.runtime.load` calls.
+        target: Of `c`: a microcontroller, for which it is also compiled, and measured.
+        flash_budget: Bytes of its flash that the network may take; None: any.
+        ram_budget: Bytes of its RAM, likewise.
         images: What to compare on, uint8, shape (N, H, W, C); None: noise.
 
     Returns:
@@ -92,7 +101,7 @@ def export(
         UnknownNameError: There is no such target or form.
         ConfigError: Something was given that this target does not have.
         DeployError: The network has a step that cannot be expressed, a package or a compiler is missing, or the file computes
-            something else.
+            something else, or more than it may take.
         CheckpointError: The file cannot be written.
 
     Example:
@@ -102,7 +111,8 @@ def export(
         >>> done.parity.top1_agreement
         1.0
     """
-    _check(to, float_input, form, winograd, build)
+    wanted = Wanted(winograd, build, target, flash_budget, ram_budget)
+    _check(to, float_input, form, wanted)
     path = Path(out)
     images = noise_images(network.input, _NOISE) if images is None else images
     reference = reference_logits(network, images)
@@ -114,8 +124,8 @@ def export(
         return parity
 
     if to == "c":
-        done = write_c(lower(network), path, compared, winograd or "init", build)
-        sizes = (done.workspace_bytes, done.context_bytes)
+        done = write_c(lower(network), path, compared, wanted)
+        sizes = (done.workspace_bytes, done.context_bytes, done.footprint)
         return Exported(to, path, path.stat().st_size, stored, done.parity, done.others, *sizes)
     with replacing(path) as beside:
         run = _WRITERS[to](network, beside, float_input, form or "small")
@@ -125,16 +135,26 @@ def export(
     return Exported(to, path, file_bytes, stored, parity)
 
 
-def _check(to: Target, float_input: bool, form: Form | None, winograd: Winograd | None, build: bool) -> None:
+def _check(to: Target, float_input: bool, form: Form | None, wanted: Wanted) -> None:
     """Refuse names that do not exist, and what the target does not have."""
-    for kind, word, known in (("target", to, Target), ("form", form, Form), ("winograd", winograd, Winograd)):
-        if word is not None and word not in get_args(known):
-            raise UnknownNameError(kind, word, get_args(known))
+    known = (
+        ("target", to, Target),
+        ("form", form, Form),
+        ("winograd", wanted.winograd, Winograd),
+        ("microcontroller", wanted.target, Microcontroller),
+    )
+    for kind, word, names in known:
+        if word is not None and word not in get_args(names):
+            raise UnknownNameError(kind, word, get_args(names))
     if form is not None and to != "onnx-loop":
         raise ConfigError(f"form is '{form}', but '{to}' has no forms: leave it out, or export to 'onnx-loop'")
-    if (winograd is not None or build) and to != "c":
-        given = "build" if build else f"winograd is '{winograd}'"
-        raise ConfigError(f"{given}, but '{to}' is not compiled: leave it out, or export to 'c'")
+    given = [item.name for item in fields(Wanted) if getattr(wanted, item.name) not in (None, False)]
+    if given and to != "c":
+        raise ConfigError(
+            f"{given[0]} is '{getattr(wanted, given[0])}', but '{to}' is not compiled: leave it out, or export to 'c'"
+        )
+    if (wanted.flash_budget or wanted.ram_budget) and wanted.target is None:
+        raise ConfigError(f"{given[0]} is given, but not of what: name the microcontroller as target")
     if float_input and to == "c":
         raise ConfigError("input is 'float', but the C code takes uint8 images: leave it out")
 

@@ -50,6 +50,30 @@ def write(source: CSource, folder: Path) -> Path:
     return path
 
 
+def found(program: str, remedy: str) -> str:
+    """Where a program is.
+
+    Raises:
+        DeployError: It is missing; the message ends with the remedy.
+    """
+    path = shutil.which(program)
+    if path is None:
+        raise DeployError(f"'{program}' is missing: {remedy}")
+    return path
+
+
+def compile_with(words: Sequence[str], folder: Path) -> None:
+    """Call a compiler in a folder.
+
+    Raises:
+        DeployError: It refuses; the message has the first lines of its own.
+    """
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        said = "; ".join(done.stderr.strip().splitlines()[:_LINES]) or f"exit status {done.returncode}"
+        raise DeployError(f"the C compiler '{words[0]}' does not compile what was generated: {said}")
+
+
 def build(source: CSource, library: Path, flags: Sequence[str] = FLAGS) -> None:
     """Compile to a shared library.
 
@@ -64,8 +88,4 @@ def build(source: CSource, library: Path, flags: Sequence[str] = FLAGS) -> None:
     words = compiler()
     with tempfile.TemporaryDirectory(prefix="dacnn-") as folder:
         path = write(source, Path(folder))
-        command = [*words, *flags, "-o", str(library.resolve()), path.name, "-lm"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        said = "; ".join(done.stderr.strip().splitlines()[:_LINES]) or f"exit status {done.returncode}"
-        raise DeployError(f"the C compiler '{' '.join(words)}' does not compile what was generated: {said}")
+        compile_with([*words, *flags, "-o", str(library.resolve()), path.name, "-lm"], Path(folder))

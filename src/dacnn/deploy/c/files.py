@@ -16,6 +16,7 @@ from dacnn.deploy.c.build import build
 from dacnn.deploy.c.literals import identifier
 from dacnn.deploy.c.provenance import signed
 from dacnn.deploy.c.source import Winograd, to_c
+from dacnn.deploy.c.target import Footprint, Microcontroller, check_budget, footprint
 from dacnn.deploy.parity import Parity
 from dacnn.deploy.program import Program
 from dacnn.errors import DeployError
@@ -33,48 +34,70 @@ class Written:
         others: The files beside the source.
         workspace_bytes: Memory that one call needs.
         context_bytes: Memory that all calls share.
+        footprint: Memory of the microcontroller that was named.
     """
 
     parity: Parity
     others: tuple[Path, ...]
     workspace_bytes: int
     context_bytes: int
+    footprint: Footprint | None
 
 
-def write_c(
-    program: Program, path: Path, compare: Callable[[Runner], Parity], winograd: Winograd = "init", library: bool = False
-) -> Written:
+@dataclass(frozen=True)
+class Wanted:
+    """How the files shall be.
+
+    Attributes:
+        winograd: Where the kernels of Winograd's convolution come from, as for `to_c`; None: init.
+        build: Whether the shared library is written.
+        target: The microcontroller that the network shall run on.
+        flash_budget: Bytes of its flash that the network may take; None: any.
+        ram_budget: Bytes of its RAM; None: any.
+    """
+
+    winograd: Winograd | None = None
+    build: bool = False
+    target: Microcontroller | None = None
+    flash_budget: int | None = None
+    ram_budget: int | None = None
+
+
+def write_c(program: Program, path: Path, compare: Callable[[Runner], Parity], wanted: Wanted) -> Written:
     """Write NAME.c, NAME.h and NAME_example.c, and if wanted the shared library NAME.so, all or none.
 
     Args:
         program: A flat Program.
         path: Of the source; its name is what all names in it begin with.
         compare: Compares what runs on images with the network, and refuses what is too far from it.
-        winograd: As for `to_c`.
-        library: Whether to write the library.
+        wanted: How they shall be.
 
     Returns:
         What was written.
 
     Raises:
-        DeployError: The file's name is no name in C, there is no compiler or it refuses, or the code computes something else.
+        DeployError: The file's name is no name in C, there is no compiler or it refuses, the code computes something else,
+            or it does not fit the microcontroller.
         CheckpointError: A file cannot be written.
     """
     if path.suffix != ".c":
         raise DeployError(f"{path}: a source of C is called NAME.c: call it {path.with_suffix('.c').name}")
-    files = to_c(program, name=identifier(path.stem), winograd=winograd)
+    files = to_c(program, name=identifier(path.stem), winograd=wanted.winograd or "init")
     others = [path.with_suffix(".h"), path.with_name(f"{path.stem}_example.c")]
     with ExitStack() as stack:
         beside = [stack.enter_context(replacing(other)) for other in (path, *others)]
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dacnn-")))
         built = folder / "net.so"
-        if library:
+        if wanted.build:
             others.append(path.with_suffix(".so"))
             built = stack.enter_context(replacing(others[-1]))
         build(files, built)
         compiled = runtime.load(built)
         parity = compare(lambda images: compiled(images.numpy()))
+        size = footprint(files, wanted.target) if wanted.target else None
+        if size:
+            check_budget(size, wanted.flash_budget, wanted.ram_budget, str(path))
         done = signed(files, program, parity)
         for place, text in zip(beside, (done.source, done.header, done.example), strict=True):
             place.write_bytes(text.encode("ascii"))
-    return Written(parity, tuple(others), files.workspace_bytes, files.context_bytes)
+    return Written(parity, tuple(others), files.workspace_bytes, files.context_bytes, size)

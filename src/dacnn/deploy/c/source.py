@@ -84,6 +84,11 @@ def to_c(program: Program, *, name: str, winograd: Winograd = "init") -> CSource
     )
 
 
+def to_footprint(name: str) -> str:
+    """The least program around a network of this name, to measure what it takes."""
+    return _render("footprint.c.jinja", {"name": name, "header_name": f"{name}.h"})
+
+
 def _places(calls: Calls) -> Memory:
     uses = [use for use in (row.use() for row in calls.rows) if use is not None]
     return plan(uses, calls.sizes, {IMAGES: 0, calls.result: _LOGITS}, _ALIGN)

@@ -38,8 +38,6 @@ from dacnn.deploy.shapes import Shape, flat_steps, kernel_shape, shapes
 # C channels, H rows, W columns, R x S tiles
 
 Array = NDArray[np.float32]
-# an expression's kernel is transformed in every call, which on fewer pixels takes longer than it saves
-_EVALUATED_PIXELS = 64
 
 
 def translate(program: Program, winograd: bool = True) -> Calls:
@@ -123,8 +121,8 @@ class _Translation:
         """Whether the fast code takes Winograd's convolution for this step; notes its kernel if so."""
         apart = (of.stride_h, of.stride_w, of.dilation_h, of.dilation_w)
         fits = (of.kernel_h, of.kernel_w, *apart, of.groups) == (3, 3, 1, 1, 1, 1, 1)
-        enough = kernel is not None or of.out_h * of.out_w >= _EVALUATED_PIXELS
-        if not (self.winograd and fits and enough and winograd_pays(of.in_c, of.out_c, of.out_h, of.out_w)):
+        pays = winograd_pays(of.in_c, of.out_c, of.out_h, of.out_w, computed=kernel is None)
+        if not (self.winograd and fits and pays):
             return False
         if kernel is not None:
             self.done.kernels[kernel] = self.program.tensors[str(step.kernel.tensor)]
