@@ -96,3 +96,11 @@ def test_the_benchmark_of_exactness_compares_every_back_end_with_float64(tmp_pat
     assert 0 <= reference["top1"] <= 1 and len(rows) == 5
     assert all(row["images"] == 30 for row in rows)
     assert all(row["unexplained"] == 0 and row["max_error"] < 1e-5 for row in rows if row["back_end"] != "pack, bfloat16")
+
+
+def test_the_benchmark_of_compiled_c_compares_every_path_with_onnx_runtime() -> None:
+    words = ("--network", "dacnn3", "--width", "8", "--batch", "2", "--sides", "4", "--rounds", "2", "--repeats", "1")
+    table = run("compiled_c.py", *words)
+    assert {row["path"] for row in table["whole"]} >= {"onnxruntime", "portable"}
+    assert all(row["times_as_fast"] > 0 for row in table["whole"])
+    assert table["memory"]["anonymous_bytes"] > 0 and table["memory"]["stored_bytes"] > 0
