@@ -71,6 +71,17 @@ def test_images_may_lie_in_memory_in_any_way(net: Compiled) -> None:
     assert np.array_equal(net(images(6)[::2]), net(np.ascontiguousarray(images(6)[::2])))
 
 
+def test_a_library_that_was_replaced_is_loaded_anew(net: Compiled, tmp_path: Path) -> None:
+    networks = [network_of("dacnn3", CLASSES, width=4, seed=seed) for seed in range(2)]
+    loaded = []
+    for network in networks:
+        dacnn.export(network, "c", tmp_path / "net.c", build=True)
+        loaded.append(dacnn.runtime.load(tmp_path / "net.so"))
+    expected = [run(lower(network), images(2)) for network in networks]
+    for one, logits in zip(loaded, expected, strict=True):
+        assert np.abs(one(images(2)) - logits).max() < 1e-5 * np.abs(logits).max()
+
+
 def test_no_images_give_no_logits(net: Compiled) -> None:
     assert net(images(0)).shape == (0, 3)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -146,7 +147,7 @@ def load(file: str | os.PathLike[str], path: str | None = None) -> Compiled:
     if not Path(where).is_file():
         raise ArtefactError(f"{where}: no such file: expected a shared library from 'dacnn export --to c --build'")
     try:
-        library = ctypes.CDLL(str(Path(where).resolve()))
+        library = _opened(Path(where).resolve())
         describe: Callable[[], int] = library.dacnn_describe
     except (OSError, AttributeError) as error:
         said = str(error).splitlines()[0]
@@ -156,6 +157,14 @@ def load(file: str | os.PathLike[str], path: str | None = None) -> Compiled:
     if description.abi != _ABI:
         raise ArtefactError(f"{where}: its layout has number {description.abi}: expected {_ABI}: export it again")
     return Compiled(description, library, path, where)
+
+
+def _opened(file: Path) -> ctypes.CDLL:
+    # a loader remembers names: under its own one, a file that was replaced would be the old one as long as that is in use
+    with tempfile.TemporaryDirectory(prefix="dacnn-") as folder:
+        name = Path(folder) / file.name
+        name.symlink_to(file)
+        return ctypes.CDLL(str(name))
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:
