@@ -93,16 +93,31 @@ def stored(total: Array, store: Any, values: dict[str, Array]) -> Array:
 def kernel(program: IntegerProgram, kernel: IntegerKernel) -> Array:
     tensor = program.tensors[kernel.tensor].astype(np.int64)
     if isinstance(kernel, StoredIntegers):
-        return tensor
+        return tensor if kernel.own is None else with_own(tensor, program.tensors[kernel.own])
     if isinstance(kernel, CombinedIntegers):
-        total = sum(int(k) * template for k, template in zip(kernel.coefficients, tensor, strict=True))
-        return np.clip((np.asarray(total) + (1 << (kernel.shift - 1))) >> kernel.shift, -127, 127)
+        weights = combination(tensor, kernel, 127)
+        if kernel.own is None:
+            return weights
+        return with_own(weights, combination(program.tensors[kernel.own].astype(np.int64), kernel, 32767))
     assert isinstance(kernel, RepeatedIntegers)
     rows = [
         np.concatenate([tile(tensor, int(g), int(p)) for g, p in zip(*pair, strict=True)], axis=1)
         for pair in zip(kernel.gain, kernel.steepness, strict=True)
     ]
     return np.concatenate(rows, axis=0)
+
+
+def combination(bank: Array, kernel: CombinedIntegers, limit: int) -> Array:
+    total = sum(int(k) * template for k, template in zip(kernel.coefficients, bank, strict=True))
+    return np.clip((np.asarray(total) + (1 << (kernel.shift - 1))) >> kernel.shift, -limit, limit)
+
+
+def with_own(weights: Array, own: Array) -> Array:
+    whole = weights.copy()
+    for channel, weight in enumerate(own):
+        assert whole[channel, channel, whole.shape[2] // 2, whole.shape[3] // 2] == 0
+        whole[channel, channel, whole.shape[2] // 2, whole.shape[3] // 2] = weight
+    return whole
 
 
 SIGMOID = [round(2**15 / (1 + math.exp(-x / 16))) for x in range(-128, 129)]

@@ -2,6 +2,9 @@
 
 A value is stored as q in 0..255 and means scale * (q - zero). A kernel is stored as q in -127..127 and means scale * q, with a
 scale for each output channel: what lies behind the convolution takes it in, so it costs nothing when the network runs.
+
+A kernel that many layers in a row read is near the identity: the weight of a channel for itself, at the centre, is several times as
+large as all others, whose rounding it would make as many times coarser. So it stands apart, in 16 bits.
 """
 
 import math
@@ -15,6 +18,7 @@ from torch import Tensor
 
 KERNEL_LIMIT = 127
 VALUE_LIMIT = 255
+OWN_LIMIT = 2**15 - 1
 # shares of the range that are tried as the range, each with a finer search around the best
 _SHARES = torch.logspace(0, -2, 48, dtype=torch.float64)
 _FINE = torch.linspace(0.92, 1.08, 17, dtype=torch.float64)
@@ -136,17 +140,50 @@ class _Rounded(torch.autograd.Function):
         return gradients[0] * inside, None
 
 
-def rounded_kernel(kernel: Tensor, per_channel: bool = True) -> Tensor:
-    """A kernel as it is after it was stored in eight bits; its gradient is that of the kernel as it was.
+def has_own(shape: tuple[int, ...], groups: int = 1) -> bool:
+    """Whether weights of a kernel stand apart.
+
+    Args:
+        shape: (O, I, H, W) or (O, I).
+        groups: Of the convolution.
+
+    Returns:
+        True for a convolution of as many channels as it gives, with a pixel at its centre.
+    """
+    return len(shape) == 4 and groups == 1 and 1 < shape[0] == shape[1] and shape[2] % 2 == shape[3] % 2 == 1
+
+
+def own_weights(kernel: Tensor) -> Tensor:
+    """The weights of a kernel's channels for themselves, at its centre.
+
+    Args:
+        kernel: Shape (..., O, O, H, W).
+
+    Returns:
+        A view of shape (..., O).
+    """
+    return kernel[..., kernel.shape[-2] // 2, kernel.shape[-1] // 2].diagonal(dim1=-2, dim2=-1)
+
+
+def without_own(kernel: Tensor) -> Tensor:
+    """A copy of a kernel with zeros for `own_weights`."""
+    rest = kernel.detach().clone()
+    own_weights(rest).zero_()
+    return rest
+
+
+def rounded_kernel(kernel: Tensor, per_channel: bool = True, own: bool = False) -> Tensor:
+    """A kernel as it is after it was stored in integers; its gradient is that of the kernel as it was.
 
     Args:
         kernel: Shape (O, ...).
         per_channel: See `kernel_scales`.
+        own: Whether weights stand apart.
 
     Returns:
         The same shape.
     """
-    scales = kernel_scales(kernel, per_channel).view(-1, *[1] * (kernel.ndim - 1))
+    scales = kernel_scales(without_own(kernel) if own else kernel, per_channel).view(-1, *[1] * (kernel.ndim - 1))
     return kernel + (torch.round(kernel / scales) * scales - kernel).detach()
 
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dacnn.deploy.integer_kernels import combined, repeated
-from dacnn.deploy.integers import CombinedIntegers, IntegerProgram, IntegerStep, Lookup, RepeatedIntegers, Store, Sum
+from dacnn.deploy.integer_kernels import whole_kernel
+from dacnn.deploy.integers import IntegerProgram, IntegerStep, Lookup, Store, Sum
 from dacnn.deploy.program import (
     IMAGES,
     AveragePool,
@@ -36,13 +36,7 @@ class IntegerRun:
 
     def _kernel(self, step: Sum) -> Tensor:
         assert step.kernel is not None
-        stored = self.program.tensors[step.kernel.tensor]
-        match step.kernel:
-            case CombinedIntegers():
-                stored = combined(stored, step.kernel)
-            case RepeatedIntegers():
-                stored = repeated(stored, step.kernel)
-        weights = torch.from_numpy(stored).float()
+        weights = torch.from_numpy(whole_kernel(self.program.tensors, step.kernel)).float()
         # 255 is the most that a number can be away from a zero
         exact = 255 * float(weights.flatten(1).abs().sum(1).max()) < _EXACT
         return weights if exact else weights.double()

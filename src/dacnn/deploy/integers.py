@@ -45,9 +45,12 @@ class StoredIntegers:
 
     Attributes:
         tensor: Name of an int8 tensor, (O, I, H, W) or (O, I).
+        own: Name of an int16 tensor, (O,): the weight of each channel for itself, at the centre, where `tensor` has 0; None:
+            no weight stands apart.
     """
 
     tensor: str
+    own: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +61,13 @@ class CombinedIntegers:
         tensor: Name of an int8 tensor, (T, O, I, ...).
         coefficients: int16, shape (T,).
         shift: See above.
+        own: Name of an int16 tensor, (T, O), combined in the same way, but cut at 32767 instead of 127; None: there is none.
     """
 
     tensor: str
     coefficients: NDArray[np.int16]
     shift: int
+    own: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +175,7 @@ class IntegerProgram:
         steps: What is done, beginning with a `Sum` that normalises the value `images`.
         result: Name of the value that holds the logits.
         logit: What its numbers mean; the scale is a power of two where they are int32.
-        tensors: int8 kernels, templates and bases, each stored once.
+        tensors: int8 kernels, templates and bases, and what stands apart of them in int16, each stored once.
         shapes: Of every value, for one image.
     """
 
@@ -180,7 +185,7 @@ class IntegerProgram:
     steps: tuple[IntegerStep, ...]
     result: str
     logit: Quantity
-    tensors: Mapping[str, Int8]
+    tensors: Mapping[str, NDArray[Any]]
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
 
     @property

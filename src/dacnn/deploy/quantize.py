@@ -98,7 +98,7 @@ class _Quantization:
 
     def _sum(self, step: Fused) -> Sum:
         inner, x = step.step, self.quantities[step.step.x]
-        read = self.kernels.read(inner.kernel) if isinstance(inner, KernelStep) else None
+        read = self.kernels.read(inner) if isinstance(inner, KernelStep) else None
         other = self.quantities[inner.y] if isinstance(inner, Multiply) else None
         residual = inner.y if isinstance(inner, Add) else step.residual
         unit = np.full(1, x.scale) if read is None else x.scale * read.scales
