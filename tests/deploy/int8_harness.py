@@ -40,9 +40,20 @@ typedef struct {
 } net_geometry;
 {% include "int8.c.jinja" %}
 {% include "int8_x86.c.jinja" %}
+{% include "int8_avx2.c.jinja" %}
 {% for array in arrays %}
 static const {{ array.type }} {{ array.name }}[{{ array.length }}] = { {{ array.numbers }} };
 {% endfor %}
+{% for kernel, (outputs, inputs, count) in transforms.items() %}
+static int16_t transformed_{{ kernel }}[{{ count }}];
+{% endfor %}
+void init(void);
+void init(void)
+{
+{% for kernel, (outputs, inputs, count) in transforms.items() %}
+    transform_int8_kernel({{ kernel }}, {{ outputs }}, {{ inputs }}, transformed_{{ kernel }});
+{% endfor %}
+}
 void run(const uint8_t *image, int path, uint8_t *workspace, uint8_t *scratch, float *logits);
 void run(const uint8_t *image, int path, uint8_t *workspace, uint8_t *scratch, float *logits)
 {
@@ -57,6 +68,7 @@ void run(const uint8_t *image, int path, uint8_t *workspace, uint8_t *scratch, f
 }
 """
 CONVOLVE = """if (path == 0) convolve_int8_portable(&s, {x}, {y});
+        else if (path == 1) convolve_int8_avx2(&s, {x}, scratch, {y});
         else convolve_int8_vnni(&s, {x}, scratch, {y});"""
 
 
@@ -70,6 +82,7 @@ class Harness:
         self.end = 0
         self.scratch = 0
         self.ops: set[str] = set()
+        self.transforms: dict[str, tuple[int, int, int]] = {}
         self.features: set[str] = set()
         self.calls = [self.call(step) for step in program.steps]
 
@@ -124,9 +137,10 @@ class Harness:
         numbers = (store.b_shift, store.shift, store.zero, store.low, store.high, store.residual_zero, store.residual_m)
         m, b = self.put(f"{step.out}_m", "int32_t", store.m), self.put(f"{step.out}_b", "int16_t", store.b)
         stored = f"{{{m}, {b}, {', '.join(map(str, numbers))}, {int(len(store.m) > 1)}, {wide}}}"
-        kernel, geometry = "NULL", self.geometry(inner.x, step.out)
+        kernel, own, transformed, geometry = "NULL", "NULL", "NULL", self.geometry(inner.x, step.out)
         if step.kernel is not None:
-            kernel, geometry, call = *self.kernel(step), CONVOLVE.format(x=x, y=y)
+            kernel, own, transformed, geometry = self.kernel(step)
+            call = CONVOLVE.format(x=x, y=y)
             self.ops.add("convolve")
         elif isinstance(inner, AveragePool | GlobalAverage):
             self.ops.add("average_pool")
@@ -144,15 +158,17 @@ class Harness:
         return f"""const net_geometry g = {geometry};
         const net_store store = {stored};
         net_sum s;
-        s.size = &g; s.store = &store; s.kernel = {kernel}; s.residual = {residual}; s.zero = {step.zero}; s.other_zero = {step.other_zero};
+        s.size = &g; s.store = &store; s.kernel = {kernel}; s.own = {own}; s.transformed = {transformed}; s.residual = {residual}; s.zero = {step.zero}; s.other_zero = {step.other_zero};
         {call}"""
 
-    def kernel(self, step: Sum) -> tuple[str, str]:
+    def kernel(self, step: Sum) -> tuple[str, str, str, str]:
         inner, read = step.step, step.kernel
         assert read is not None and isinstance(inner, Convolve | Linear)
         weights, name = self.program.tensors[read.tensor], read.tensor
+        own = None if isinstance(read, RepeatedIntegers) or read.own is None else self.program.tensors[read.own]
         if isinstance(read, CombinedIntegers):
             weights, name = combined(weights, read), f"{step.out}_kernel"
+            own = None if own is None else combined(own, read, 32767)
         elif isinstance(read, RepeatedIntegers):
             weights, name = repeated(weights, read), f"{step.out}_kernel"
         if isinstance(inner, Linear):
@@ -169,20 +185,28 @@ class Harness:
             self.scratch = max(self.scratch, (h + sum(inner.padding[::2])) * (w + sum(inner.padding[1::2])) * channels)
         depthwise = integer_arrays.is_depthwise(*weights.shape[:2], groups)
         self.features.add("depthwise" if depthwise else "dense")
-        return self.put(name, "int8_t", integer_arrays.blocked(weights, groups)), geometry
+        kernel = self.put(name, "int8_t", integer_arrays.blocked(weights, groups))
+        apart = "NULL" if own is None else self.put(f"{name}_own", "int16_t", own)
+        transformed = "NULL"
+        if isinstance(inner, Convolve) and integer_arrays.takes_winograd(inner, weights.shape):
+            self.transforms[kernel] = (*weights.shape[:2], 16 * weights.shape[0] * weights.shape[1])
+            transformed = f"transformed_{kernel}"
+            self.scratch = max(self.scratch, 16 * 24 * (2 * channels + 64) + 4096)
+        return kernel, apart, transformed, geometry
 
     def source(self) -> str:
         loader = jinja2.PackageLoader("dacnn.deploy.c")
-        shell = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        shell = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
         result = self.program.result
         wide = any(isinstance(step, Sum) and (step.store.low < 0 or step.store.high > 255) for step in self.program.steps)
-        return shell.from_string(SHELL).render(
+        return shell.from_string(SHELL + chr(10)).render(
             name="net",
             tiles=TILES,
             ops=self.ops | {"convolve"},
             features=self.features | {"dense"},
             sigmoid=SIGMOID.tolist(),
             arrays=list(self.arrays.values()),
+            transforms=self.transforms,
             calls=self.calls,
             classes=len(self.program.classes),
             logit_scale=f"{float.hex(self.program.logit.scale)}f",
@@ -200,6 +224,7 @@ def compiled(program: IntegerProgram, compiler: str = "gcc", flags: tuple[str, .
         words = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-pedantic", *flags, "-shared", "-fPIC"]
         subprocess.run([compiler, *words, "-o", library, source], check=True)
         loaded = ctypes.CDLL(str(library))
+    loaded.init()
     workspace, scratch = (np.zeros(size + 256, np.uint8) for size in (harness.end, harness.scratch * 8))
 
     def run(images: NDArray[np.uint8], path: int) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from dacnn.deploy.integers import Int8
+from dacnn.deploy.program import Convolve
 
 # O output channels, I input channels, H rows, W columns
 
@@ -52,3 +53,15 @@ def blocked(kernel: Int8, groups: int) -> Int8:
             quads = block.reshape(len(block), -1, 4, height, width).transpose(3, 4, 1, 0, 2)
             parts.append(quads.ravel())
     return np.concatenate(parts)
+
+
+def takes_winograd(step: Convolve, shape: tuple[int, ...]) -> bool:
+    """Whether AVX2 computes a convolution by Winograd's F(2x2,3x3), which is exact in int16 and int32.
+
+    Args:
+        step: The convolution.
+        shape: Of its kernel, (O, I, H, W).
+    """
+    plain = (step.stride, step.dilation, step.groups, shape[2:]) == ((1, 1), (1, 1), 1, (3, 3))
+    # sums of I products of a transformed weight, at most 9 * 127, and a transformed value, at most 4 * 255, stay in 31 bits
+    return plain and shape[0] % BLOCK == shape[1] % BLOCK == 0 and shape[1] * (9 * 127) * (4 * 255) < 2**31
