@@ -123,7 +123,8 @@ def choose(config: TrainingConfig, device: str, processes: int = 1, *, foreign: 
     recompute: Recomputed = "activations" if device == "cpu" and not compiled else "no"
     return Execution(
         device=device,
-        precision=("bfloat16" if fast else "float32") if config.precision == "auto" else config.precision,
+        # eight bits of a bfloat16 are all taken by the numbers themselves: their scale would round them once more
+        precision=("bfloat16" if fast and config.quantize == "no" else "float32") if config.precision == "auto" else config.precision,
         memory_format=own_order if config.memory_format == "auto" else config.memory_format,
         threads=config.threads or torch.get_num_threads(),
         processes=processes,
