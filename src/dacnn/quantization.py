@@ -3,8 +3,8 @@
 A value is stored as q in 0..255 and means scale * (q - zero). A kernel is stored as q in -127..127 and means scale * q, with a
 scale for each output channel: what lies behind the convolution takes it in, so it costs nothing when the network runs.
 
-A kernel that many layers in a row read is near the identity: the weight of a channel for itself, at the centre, is several times as
-large as all others, whose rounding it would make as many times coarser. So it stands apart, in 16 bits.
+A kernel that many layers in a row read is near the identity: the weight of a channel for itself, at the centre, is several
+times as large as all others, whose rounding it would make as many times coarser. So it stands apart, in 16 bits.
 """
 
 import math
@@ -128,16 +128,17 @@ def rounded(x: Tensor, of: Quantity) -> Tensor:
 class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, of: Quantity) -> Tensor:
-        q = torch.round(x / of.scale)
         low, high = -of.zero, VALUE_LIMIT - of.zero
-        if context.needs_input_grad[0]:
-            context.save_for_backward((q >= low) & (q <= high))
-        return q.clamp_(low, high).mul_(of.scale)
+        y = (x / of.scale).round_().clamp_(low, high).mul_(of.scale)
+        # the next convolution keeps y anyway; the two ends stand for all that was clipped to them
+        context.save_for_backward(y)
+        context.low, context.high = (low + 0.5) * of.scale, (high - 0.5) * of.scale
+        return y
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (inside,) = context.saved_tensors
-        return gradients[0] * inside, None
+        (y,) = context.saved_tensors
+        return gradients[0] * ((y > context.low) & (y < context.high)), None
 
 
 def has_own(shape: tuple[int, ...], groups: int = 1) -> bool:

@@ -89,6 +89,8 @@ def _give(step: Fused | Operation, taken: list[Tensor], input: Input, tensors: T
         y = _scale_shift(step.affine, y, tensors)
     if step.residual is not None:
         y = y + taken[-1]
+    if step.low == 0 and math.isinf(step.high):
+        return F.relu(y)
     return y if math.isinf(step.low) and math.isinf(step.high) else y.clamp(step.low, step.high)
 
 
@@ -131,7 +133,8 @@ def _operation(step: Operation, taken: list[Tensor], input: Input, tensors: Tens
 def normalized(images: Tensor, input: Input) -> Tensor:
     """uint8, N x H x W x C -> floats, N x C x H x W."""
     mean, std = (torch.tensor(numbers, device=images.device) for numbers in (input.mean, input.std))
-    return (images / (255 * std) - mean / std).permute(0, 3, 1, 2)
+    x: Tensor = images / (255 * std) - mean / std
+    return x.permute(0, 3, 1, 2)
 
 
 def _scale_shift(step: ScaleShift, x: Tensor, tensors: Tensors) -> Tensor:
@@ -148,7 +151,8 @@ def kernel(kernel: Kernel, tensors: Tensors) -> Tensor:
         case StoredKernel():
             return stored
         case CombinedKernel():
-            return torch.tensordot(tensors[named(kernel.coefficients)], stored, 1)
+            combined: Tensor = torch.tensordot(tensors[named(kernel.coefficients)], stored, 1)
+            return combined
         case RepeatedKernel():
             return repeat_kernel(stored, tensors[named(kernel.gain)], tensors[named(kernel.steepness)])
 

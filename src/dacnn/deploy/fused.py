@@ -1,7 +1,7 @@
 """Steps of a flat program joined to what is done to their sums before they are stored: the points where integers are rounded.
 
-What sums up (a convolution, a mean, a sum, ...) takes along the scale and shift behind it, the addition of a value that is there
-already, and a ReLU or clip, as far as nobody else reads what lies between.
+What sums up (a convolution, a mean, a sum, ...) takes along the scale and shift behind it, the addition of a value that is
+there already, and a ReLU or clip, as far as nobody else reads what lies between.
 """
 
 import math
@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from dacnn.deploy.program import (
+    IMAGES,
     Activate,
     Add,
     AveragePool,
@@ -68,7 +69,7 @@ def fused(program: Program) -> tuple[Fused | Operation, ...]:
     flat = flat_steps(program)
     reads = Counter([program.result, *(value for step in flat for value in operands(step))])
     reader = {value: step for step in flat for value in operands(step) if reads[value] == 1}
-    known, taken, joined = {program.steps[0].x} if flat else set(), set(), list[Fused | Operation]()
+    known, taken, joined = {IMAGES}, set[str](), list[Fused | Operation]()
     for step in flat:
         if step.out in taken:
             continue

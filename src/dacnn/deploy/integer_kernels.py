@@ -1,6 +1,5 @@
 """The kernels of a program in int8, and how each layer's is made of them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +121,8 @@ class IntegerKernels:
 def combined(bank: Integers, kernel: CombinedIntegers, limit: int = KERNEL_LIMIT) -> Integers:
     """The kernel that a reader combines: (T, O, I, ...) -> (O, I, ...)."""
     total = np.tensordot(kernel.coefficients.astype(np.int64), bank.astype(np.int64), 1)
-    return np.clip((total + (1 << (kernel.shift - 1))) >> kernel.shift, -limit, limit).astype(bank.dtype)
+    rounded: Integers = (total + (1 << (kernel.shift - 1))) >> kernel.shift
+    return np.clip(rounded, -limit, limit).astype(bank.dtype)
 
 
 def with_own(weights: Int8, own: Integers) -> Integers:
@@ -139,7 +139,8 @@ def tile_table(gain: int, steepness: int) -> Int8:
     i, f = u >> 8, u & 255
     curve = SIGMOID.astype(np.int64)
     v = curve[i] + (((curve[i + 1] - curve[i]) * f + 128) >> 8)
-    return np.clip((q * v * gain + (1 << 28)) >> 29, -KERNEL_LIMIT, KERNEL_LIMIT).astype(np.int8)
+    rounded: Integers = (q * v * gain + (1 << 28)) >> 29
+    return np.clip(rounded, -KERNEL_LIMIT, KERNEL_LIMIT).astype(np.int8)
 
 
 def repeated(base: Int8, kernel: RepeatedIntegers) -> Int8:

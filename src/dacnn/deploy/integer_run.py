@@ -16,7 +16,6 @@ from dacnn.deploy.program import (
     Linear,
     MaxPool,
     Multiply,
-    Normalize,
     Rotate,
 )
 
@@ -99,4 +98,4 @@ def _store(sums: Tensor, store: Store, values: dict[str, Tensor]) -> Tensor:
         t += (values[store.residual] - store.residual_zero).long() * store.residual_m
     stored = (t >> store.shift).add_(store.zero).clamp_(store.low, store.high)
     # float32 does not hold every int32
-    return stored.float() if 0 <= store.low and store.high <= 255 else stored.double()
+    return stored.float() if store.low >= 0 and store.high <= 255 else stored.double()

@@ -10,8 +10,8 @@ and stores it in the way of its layer: with the channel's c,
     t = a * m[c] + (b[c] << b_shift) + (r - zero_r) * m_r       in int64
     y = min(max(zero + ((t + (1 << (shift - 1))) >> shift), low), high)
 
-m[c] holds what batch norm multiplies by, b[c] what it adds: 6 bytes a channel and layer. A factor near 0 is a small m[c]: nothing
-is divided by it. `m` and `b` of one element are for all channels. The logits are stored in int32 in the same way.
+m[c] holds what batch norm multiplies by, b[c] what it adds: 6 bytes a channel and layer. A factor near 0 is a small m[c]:
+nothing is divided by it. `m` and `b` of one element are for all channels. The logits are stored in int32 in the same way.
 
 A combined kernel is made of the int8 templates of its bank by
 
@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dacnn.deploy.program import Flatten, MaxPool, Rotate
 from dacnn.deploy.fused import Summing
+from dacnn.deploy.program import Flatten, MaxPool, Rotate
 from dacnn.networks.plan import Input
 from dacnn.quantization import Quantity
 

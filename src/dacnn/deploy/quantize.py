@@ -68,7 +68,8 @@ class _Quantization:
         steps = tuple(self._step(step) for step in self.steps)
         of, result = self.program, self.program.result
         found = {name: self.shapes[name] for name in (IMAGES, *(step.out for step in steps))}
-        return IntegerProgram(of.name, of.input, of.classes, steps, result, self.quantities[result], self.kernels.tensors, found)
+        logit, tensors = self.quantities[result], self.kernels.tensors
+        return IntegerProgram(of.name, of.input, of.classes, steps, result, logit, tensors, found)
 
     def _step(self, step: Fused | Operation) -> IntegerStep:
         match step:
@@ -84,7 +85,7 @@ class _Quantization:
     def _ranged(self, name: str) -> Quantity:
         if name not in self.ranges:
             raise DeployError(
-                f"program '{self.program.name}' has no range for value '{name}': calibrate it, or give the ranges of this network"
+                f"program '{self.program.name}' has no range for value '{name}': calibrate it, or give its own ranges"
             )
         return quantity(*self.ranges[name])
 
@@ -131,9 +132,13 @@ class _Quantization:
         """What the sums of a step cannot exceed."""
         if isinstance(step, Multiply):
             return VALUE_LIMIT**2
-        weights = self._averaged(step) if read is None else int(np.abs(read.weights.reshape(len(read.weights), -1).astype(np.int64)).sum(1).max())
+        weights = self._averaged(step)
+        if read is not None:
+            weights = int(np.abs(read.weights.astype(np.int64)).reshape(len(read.weights), -1).sum(1).max())
         if VALUE_LIMIT * weights > _LARGEST_SUM:
-            raise DeployError(f"program '{self.program.name}': sums of step '{step.out} = {step}' do not fit into 32 bits: export it in float32")
+            raise DeployError(
+                f"program '{self.program.name}': sums of '{step.out} = {step}' do not fit into 32 bits: export it in float32"
+            )
         return VALUE_LIMIT * weights
 
     def _affine(self, step: Fused) -> tuple[Floats, Floats]:
@@ -144,7 +149,9 @@ class _Quantization:
         affine = step.step if isinstance(step.step, ScaleShift) else step.affine
         if affine is None:
             return np.ones(1), np.zeros(1)
-        scale, shift = (None if one is None else self.program.tensors[named(one)].astype(np.float64) for one in (affine.scale, affine.shift))
+        scale, shift = (
+            None if one is None else self.program.tensors[named(one)].astype(np.float64) for one in (affine.scale, affine.shift)
+        )
         return np.ones(1) if scale is None else scale, np.zeros(1) if shift is None else shift
 
 

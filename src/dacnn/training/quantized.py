@@ -6,6 +6,7 @@ are the scales and shifts that they are at inference: their gain and bias learn,
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,9 @@ class Quantized(nn.Module):
         self._live = self._find_live(program)
         self._rounding = _roundings(program)
         if not self._live:
-            raise TrainingError(f"'{program.name}' computes all its kernels from others: it cannot be trained in int8: leave out --quantize")
+            raise TrainingError(
+                f"'{program.name}' computes all its kernels from others and cannot be trained in int8: leave out --quantize"
+            )
 
     def _find_live(self, program: Program) -> dict[str, Callable[[], Tensor]]:
         """What makes each tensor of the program out of the network's parameters, as they are now."""
@@ -122,19 +125,17 @@ def _alike(made: Tensor, tensor: Tensor) -> bool:
 
 def _roundings(program: Program) -> dict[str, Callable[[Tensor], Tensor]]:
     """How each stored kernel is rounded, by its name."""
+    steps = [step for step in program.operations() if isinstance(step, KernelStep)]
+    bases = {named(step.kernel.tensor) for step in steps if isinstance(step.kernel, RepeatedKernel)}
     roundings: dict[str, Callable[[Tensor], Tensor]] = {}
-    kernel_steps = [step for step in program.operations() if isinstance(step, KernelStep)]
-    bases = {named(step.kernel.tensor) for step in kernel_steps if isinstance(step.kernel, RepeatedKernel)}
-    for step in kernel_steps:
+    for step in steps:
         name = named(step.kernel.tensor)
-        shape = program.tensors[name].shape
-        groups = step.groups if isinstance(step, Convolve) else 1
+        is_bank = isinstance(step.kernel, CombinedKernel)
+        shape, groups = program.tensors[name].shape[is_bank:], step.groups if isinstance(step, Convolve) else 1
         if name in bases:
-            roundings[name] = lambda kernel: rounded_kernel(kernel, per_channel=False)
-        elif isinstance(step.kernel, CombinedKernel):
-            roundings[name] = lambda bank, own=has_own(shape[1:], groups): _rounded_bank(bank, own)  # type: ignore[misc]
+            roundings[name] = partial(rounded_kernel, per_channel=False)
         else:
-            roundings[name] = lambda kernel, own=has_own(shape, groups): rounded_kernel(kernel, own=own)  # type: ignore[misc]
+            roundings[name] = partial(_rounded_bank if is_bank else rounded_kernel, own=has_own(shape, groups))
     return roundings
 
 

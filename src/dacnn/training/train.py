@@ -73,7 +73,8 @@ def configure(network: str | None = None, data: str | None = None, recipe: str |
     Args:
         network: Name of a network, over the recipe's.
         data: A data set, over the recipe's.
-        recipe: A recipe's name or file; None: `int8` where that is asked for, `digits` for the digits, `fast` for everything else.
+        recipe: A recipe's name or file; None: `int8` where that is asked for, `digits` for the digits, `fast`
+            for everything else.
         **overrides: Fields of the three configs by name: `epochs`, `width`, `lr`, ... None leaves the recipe's value.
 
     Returns:
@@ -256,7 +257,7 @@ def _network(plan: Plan | None, module: nn.Module | None, config: Config, splits
         return Network(plan, torch.Generator().manual_seed(seed))
     network = _same_images(load(start), splits, start)
     if network.plan != plan:
-        raise ConfigError(f"{start}: holds '{network.plan.name}' of another plan than '{plan.name}': leave out settings of the network")
+        raise ConfigError(f"{start}: holds another '{network.plan.name}' than is asked for: leave out settings of the network")
     return network
 
 
@@ -264,8 +265,8 @@ def _same_images(network: N, splits: Splits, start: str) -> N:
     """Refuse weights that learnt from other images."""
     if (network.input, network.classes) != (splits.input, splits.classes):
         raise ConfigError(
-            f"{start}: its network takes {network.input.channels} channels of {network.input.height}x{network.input.width} pixels "
-            f"and tells {len(network.classes)} classes apart, not like '{splits.name}': name the data that it was trained on"
+            f"{start}: learnt from {network.input.channels} channels of {network.input.height}x{network.input.width} pixels "
+            f"and {len(network.classes)} classes, which '{splits.name}' has not: name the data that it was trained on"
         )
     return network
 

@@ -36,7 +36,8 @@ SHELL = """
 #endif
 #define BLOCK 16
 typedef struct {
-    int in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups;
+    int in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w;
+    int stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups;
 } net_geometry;
 {% include "int8.c.jinja" %}
 {% include "int8_x86.c.jinja" %}
@@ -127,7 +128,16 @@ class Harness:
         self.offsets[step.out] = self.offsets[step.x]
         return ";"
 
-    def geometry(self, x: str, y: str, size: Any = (1, 1), stride: Any = (1, 1), padding: Any = (0, 0), dilation: Any = (1, 1), groups: int = 1) -> str:
+    def geometry(
+        self,
+        x: str,
+        y: str,
+        size: Any = (1, 1),
+        stride: Any = (1, 1),
+        padding: Any = (0, 0),
+        dilation: Any = (1, 1),
+        groups: int = 1,
+    ) -> str:
         numbers = (*self.pixels(x), *self.pixels(y), *size, *stride, *padding, *dilation, groups)
         return "{" + ", ".join(map(str, numbers)) + "}"
 
@@ -158,7 +168,8 @@ class Harness:
         return f"""const net_geometry g = {geometry};
         const net_store store = {stored};
         net_sum s;
-        s.size = &g; s.store = &store; s.kernel = {kernel}; s.own = {own}; s.transformed = {transformed}; s.residual = {residual}; s.zero = {step.zero}; s.other_zero = {step.other_zero};
+        s.size = &g; s.store = &store; s.kernel = {kernel}; s.own = {own}; s.transformed = {transformed};
+        s.residual = {residual}; s.zero = {step.zero}; s.other_zero = {step.other_zero};
         {call}"""
 
     def kernel(self, step: Sum) -> tuple[str, str, str, str]:
@@ -180,7 +191,9 @@ class Harness:
             _, _, channels = self.pixels(inner.x)
         else:
             groups = inner.groups
-            geometry = self.geometry(inner.x, step.out, weights.shape[2:], inner.stride, inner.padding[:2], inner.dilation, groups)
+            geometry = self.geometry(
+                inner.x, step.out, weights.shape[2:], inner.stride, inner.padding[:2], inner.dilation, groups
+            )
             h, w, channels = self.pixels(inner.x)
             self.scratch = max(self.scratch, (h + sum(inner.padding[::2])) * (w + sum(inner.padding[1::2])) * channels)
         depthwise = integer_arrays.is_depthwise(*weights.shape[:2], groups)
@@ -196,7 +209,9 @@ class Harness:
 
     def source(self) -> str:
         loader = jinja2.PackageLoader("dacnn.deploy.c")
-        shell = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+        shell = jinja2.Environment(
+            loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        )
         result = self.program.result
         wide = any(isinstance(step, Sum) and (step.store.low < 0 or step.store.high > 255) for step in self.program.steps)
         return shell.from_string(SHELL + chr(10)).render(
@@ -215,22 +230,35 @@ class Harness:
         )
 
 
-def compiled(program: IntegerProgram, compiler: str = "gcc", flags: tuple[str, ...] = ("-O3",)) -> Any:
-    """A function of uint8 images, N x H x W x C, and the path, 0 portable, 1 AVX2, 2 VNNI, that gives logits."""
-    harness = Harness(program)
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "net.c", Path(folder) / "net.so"
-        source.write_text(harness.source())
+# paths of the code, by the flag of the CPU that each needs
+PATHS = {"portable": "", "avx2": "avx2", "vnni": "avx512_vnni"}
+
+
+def paths() -> list[str]:
+    """The paths that this CPU has."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return [path for path, flag in PATHS.items() if not flag or flag in flags]
+
+
+class Compiled:
+    """A function of uint8 images, N x H x W x C, and a path, that gives logits."""
+
+    def __init__(self, program: IntegerProgram, compiler: str = "gcc", flags: tuple[str, ...] = ("-O3",)) -> None:
+        harness = Harness(program)
+        self.classes = len(program.classes)
         words = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-pedantic", *flags, "-shared", "-fPIC"]
-        subprocess.run([compiler, *words, "-o", library, source], check=True)
-        loaded = ctypes.CDLL(str(library))
-    loaded.init()
-    workspace, scratch = (np.zeros(size + 256, np.uint8) for size in (harness.end, harness.scratch * 8))
+        with tempfile.TemporaryDirectory() as folder:
+            source, library = Path(folder) / "net.c", Path(folder) / "net.so"
+            source.write_text(harness.source())
+            subprocess.run([compiler, *words, "-o", library, source], check=True)
+            self.library = ctypes.CDLL(str(library))
+        self.library.init()
+        # vectors are read over the end of a value, and scratch begins where a vector may
+        self.workspace, self.scratch = (np.zeros(size + 512, np.uint8) for size in (harness.end, harness.scratch))
 
-    def run(images: NDArray[np.uint8], path: int) -> NDArray[np.float32]:
-        logits = np.zeros((len(images), len(program.classes)), np.float32)
+    def __call__(self, images: NDArray[np.uint8], path: str) -> NDArray[np.float32]:
+        logits = np.zeros((len(images), self.classes), np.float32)
         for image, row in zip(np.ascontiguousarray(images), logits, strict=True):
-            loaded.run(*(ctypes.c_void_p(one.ctypes.data) if isinstance(one, np.ndarray) else one for one in (image, path, workspace, scratch, row)))
+            memory = [ctypes.c_void_p(one.ctypes.data) for one in (image, self.workspace, self.scratch, row)]
+            self.library.run(memory[0], list(PATHS).index(path), *memory[1:])
         return logits
-
-    return run
