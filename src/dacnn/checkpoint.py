@@ -162,6 +162,8 @@ def save(network: nn.Module, path: str | Path) -> None:
     """
     network = getattr(network, "_orig_mod", network)
     metadata: dict[str, Any] = {"format": _FORMAT}
+    if isinstance(network, Classifier) and network.ranges is not None:
+        metadata["ranges"] = network.ranges
     if isinstance(network, Network):
         metadata["plan"] = json.loads(network.plan.to_json())
     elif isinstance(network, Adapted):
@@ -213,6 +215,7 @@ def load(path: str | Path, into: nn.Module | str | None = None) -> nn.Module:
     network = network.to_empty(device="cpu")
     network.load_state_dict(tensors)
     network.normalize.reset_statistics()
+    network.ranges = ranges_of(metadata, path)
     return network.eval()
 
 
@@ -250,7 +253,29 @@ def _load_converted(
     if network is None:
         return module.eval()
     network.module = module
+    network.ranges = ranges_of(metadata, path)
     return network.eval()
+
+
+def ranges_of(metadata: Mapping[str, Any], path: Path) -> dict[str, tuple[float, float]] | None:
+    """The ranges of a network's values that stand in a file.
+
+    Args:
+        metadata: Of the file.
+        path: The file, for the message.
+
+    Returns:
+        Low and high end by name; None: there are none.
+
+    Raises:
+        CheckpointError: The file was edited.
+    """
+    if metadata.get("ranges") is None:
+        return None
+    try:
+        return {str(name): (float(low), float(high)) for name, (low, high) in metadata["ranges"].items()}
+    except (AttributeError, TypeError, ValueError):
+        raise CheckpointError(f"{path}: its ranges are no pairs of numbers: the file was edited") from None
 
 
 def _fresh(into: nn.Module | str, described: tuple[Input, tuple[str, ...]] | None) -> nn.Module:

@@ -188,6 +188,8 @@ class TrainingConfig(Checked):
     weight_decay: float = setting(5e-4, "weight decay of kernels and matrices (never of norms and biases)", low=0.0)
     schedule: Literal["cosine", "one-cycle"] = setting("cosine", "cosine, or one-cycle: linear up, linear down to zero")
     warmup: float = setting(0.05, "share of the steps over which the learning rate rises", low=0.0, high=0.99)
+    weights: str | None = setting(None, "begin with the weights of this run or .safetensors file instead of drawn ones")
+    quantize: Literal["no", "int8"] = setting("no", "int8: round kernels and values as an int8 export does; needs weights")
     label_smoothing: float = setting(0.0, "share of the target spread over all classes", low=0.0, high=0.99)
     clip_norm: float | None = setting(None, "largest norm of the whole gradient", low=0.0)
     crop: int = setting(4, "random shift of each image by up to this many pixels, borders reflected", low=0)
@@ -205,8 +207,13 @@ class TrainingConfig(Checked):
     threads: int | None = setting(None, "CPU threads of one process (default: PyTorch's own choice)", low=1)
 
     def __post_init__(self) -> None:
-        """Check the fields; what is made again and what is compiled exclude each other."""
+        """Check the fields; what is made again and what is compiled exclude each other, integers need weights."""
         super().__post_init__()
+        if self.quantize != "no" and self.weights is None:
+            raise ConfigError(
+                f"training.quantize is '{self.quantize}', but nothing is trained yet whose values have ranges: train in floats "
+                "first, and name that run with --weights"
+            )
         if self.recompute in ("activations", "segments") and self.compile == "yes":
             raise ConfigError(
                 f"training.recompute is '{self.recompute}' and training.compile 'yes', but a compiler decides for itself what "

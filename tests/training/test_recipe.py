@@ -12,7 +12,7 @@ from dacnn.training.recipe import load_recipe, make_optimizer, parameter_groups,
 
 
 def test_the_three_recipes_come_with_the_package() -> None:
-    assert recipe_names() == ["digits", "fast", "paper"]
+    assert recipe_names() == ["digits", "fast", "int8", "paper"]
     assert load_recipe("digits").network.width == 64
 
 

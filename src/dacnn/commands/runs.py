@@ -30,7 +30,7 @@ def train(
     /,
     *,
     data: Source = None,
-    recipe: Annotated[str | None, word("digits, fast, paper, or a TOML file", "RECIPE")] = None,
+    recipe: Annotated[str | None, word("digits, fast, paper, int8, or a TOML file", "RECIPE")] = None,
     out: Annotated[Path | None, word("run directory (default: a new one under runs/)", "RUN")] = None,
     resume: Annotated[bool, word("go on with the run in --out where it stopped")] = False,
     json: Json = False,

@@ -24,6 +24,8 @@ class Classifier(nn.Module):
         input: What it takes.
         classes: Names of the classes it tells apart.
         normalize: From uint8 images to what the first layer takes.
+        ranges: Low and high end of every value that its integers store, by the value's name in its Program; None: it was not
+            trained in integers.
         memory_format: Order in memory of what the layers are given of uint8 images.
     """
 
@@ -35,6 +37,7 @@ class Classifier(nn.Module):
         self.input = input
         self.classes = classes
         self.normalize = Normalize(input)
+        self.ranges: dict[str, tuple[float, float]] | None = None
         self.register_load_state_dict_post_hook(_refill)  # type: ignore[no-untyped-call]
 
     @property

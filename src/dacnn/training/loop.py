@@ -21,17 +21,21 @@ from dacnn.data.batches import ahead, apply, draw
 from dacnn.data.imageset import MemoryImages
 from dacnn.data.sources import Splits
 from dacnn.errors import ConfigError, DivergenceError
+from dacnn.networks.classifier import Classifier
 from dacnn.networks.network import Network
 from dacnn.networks.normalize import Normalize
 from dacnn.sharing.remake import remaking
 from dacnn.training.evaluate import Evaluation, evaluate
 from dacnn.training.precision import Execution
+from dacnn.training.quantized import Quantized
 from dacnn.training.recipe import make_optimizer, schedule, set_learning_rate
 from dacnn.training.recompute import Segments, choose_segments
 from dacnn.training.statistics import RunningStatistics
 
 # N images of a micro-batch, H rows, W columns, C channels
 
+# images from which the ranges of values are found
+_CALIBRATION_IMAGES = 256
 # a GPU is asked for the loss only every so many steps: asking makes it wait
 _STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 50}
 
@@ -93,8 +97,10 @@ class Loop:
         self.train = splits.train.to(self.device) if isinstance(splits.train, MemoryImages) else splits.train
         self.normalize = Normalize(splits.input).to(self.device)
         self.optimizer = make_optimizer(network, config)
-        self.statistics = RunningStatistics(network)
-        model = accelerator.prepare_model(network)
+        # in integers, norms keep theirs
+        self.statistics = RunningStatistics(network if config.quantize == "no" else nn.Identity())
+        self.quantized = self._quantize()
+        model = accelerator.prepare_model(self.quantized or network)
         self.model: nn.Module = torch.compile(model) if execution.compiled else model  # type: ignore[assignment]
         # the colour that becomes 0 when it is normalised
         self.fill = torch.tensor([round(255 * mean) for mean in splits.input.mean], dtype=torch.uint8)
@@ -115,6 +121,19 @@ class Loop:
         segments = choose_segments(self.network.plan, self.config.batch_size, bytes_per_value)
         self.network.segments = segments.lengths
         return segments
+
+    def _quantize(self) -> Quantized | None:
+        """What is trained in the network's place, where it learns to be rounded."""
+        if self.config.quantize == "no":
+            return None
+        assert isinstance(self.network, Classifier)
+        return Quantized(self.network.eval())
+
+    def _calibrate(self) -> None:
+        """Find the ranges anew: they move from epoch to epoch, and stay those of the last one."""
+        if self.quantized is not None:
+            some = torch.randperm(len(self.splits.train), generator=self._generator())[:_CALIBRATION_IMAGES]
+            self.quantized.calibrate(self.train.gather(some))
 
     def prepare(self, images_nhwc: Tensor) -> Tensor:
         """Bring uint8 images to what the network takes, in the memory format of this training."""
@@ -162,6 +181,8 @@ class Loop:
             DivergenceError: The loss is no number any more.
         """
         self.model.train()
+        if self.step == 0:
+            self._calibrate()
         with contextlib.closing(self.batches()) as batches:  # type: ignore[type-var]
             for images, labels in batches:
                 self._train_step(images, labels)
@@ -238,7 +259,7 @@ class Loop:
         if len(self.splits.validation) == 0:
             return None
         return evaluate(
-            self.network,
+            self.quantized or self.network,
             self.splits.validation,
             prepare=self.prepare,
             execution=self.execution,

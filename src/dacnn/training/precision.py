@@ -112,7 +112,7 @@ def choose(config: TrainingConfig, device: str, processes: int = 1, *, foreign: 
     Raises:
         TrainingError: bfloat16 was asked for on a GPU that cannot do it.
     """
-    fast = has_bfloat16_units(device)
+    fast, rounds = has_bfloat16_units(device), config.quantize != "no"
     own_order: Literal["channels_last", "contiguous"] = "contiguous" if foreign else "channels_last"
     if config.precision == "bfloat16" and device == "cuda" and not fast:
         raise TrainingError("training.precision is 'bfloat16': this GPU has no units for it: use 'auto' or 'float32'")
@@ -123,7 +123,8 @@ def choose(config: TrainingConfig, device: str, processes: int = 1, *, foreign: 
     recompute: Recomputed = "activations" if device == "cpu" and not compiled else "no"
     return Execution(
         device=device,
-        precision=("bfloat16" if fast else "float32") if config.precision == "auto" else config.precision,
+        # eight bits of a bfloat16 are all taken by the numbers themselves: their scale would round them once more
+        precision=("bfloat16" if fast and not rounds else "float32") if config.precision == "auto" else config.precision,
         memory_format=own_order if config.memory_format == "auto" else config.memory_format,
         threads=config.threads or torch.get_num_threads(),
         processes=processes,

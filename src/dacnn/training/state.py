@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dacnn.checkpoint import load_tensors, save_tensors, stored_once
+from dacnn.checkpoint import load_tensors, ranges_of, save_tensors, stored_once
 from dacnn.errors import CheckpointError
 from dacnn.training.loop import Loop
 
@@ -38,6 +38,8 @@ def save_state(loop: Loop, path: Path) -> None:
         tensors["generator.cuda"] = torch.cuda.get_rng_state(loop.device)
     position = {"epoch": loop.epoch, "step": loop.step, "best_top1": loop.best_top1}
     metadata = {"format": _FORMAT, "position": position, "execution": loop.execution.to_table(), "torch": torch.__version__}
+    if loop.quantized is not None:
+        metadata["ranges"] = loop.quantized.network.ranges
     save_tensors(path, tensors, metadata)
 
 
@@ -102,5 +104,7 @@ def restore_state(loop: Loop, tensors: dict[str, Tensor], metadata: dict[str, An
             torch.cuda.set_rng_state(tensors["generator.cuda"], loop.device)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit this run's network: {error}") from None
+    if loop.quantized is not None:
+        loop.quantized.network.ranges = ranges_of(metadata, path)
     position = metadata["position"]
     loop.epoch, loop.step, loop.best_top1 = int(position["epoch"]), int(position["step"]), float(position["best_top1"])

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from dacnn.checkpoint import load, stored_once, weights_path
-from dacnn.config import Config, NetworkConfig, TrainingConfig
+from dacnn.config import Config, NetworkConfig, TrainingConfig, read_config
 from dacnn.data.sources import Splits, load_data
 from dacnn.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from dacnn.networks.adapted import Adapted
@@ -30,6 +30,10 @@ from dacnn.training.recipe import load_recipe
 from dacnn.training.run import Run
 from dacnn.training.state import restore_state
 
+N = TypeVar("N", bound=Classifier)
+
+# settings of a run that a training from its weights keeps
+_KEPT = ("batch_size", "accumulate", "crop", "flip", "cutout", "label_smoothing", "anchor_lr")
 # begins the name, in a config, of a module that was handed over
 _FROM_PYTHON = "python:"
 
@@ -69,7 +73,8 @@ def configure(network: str | None = None, data: str | None = None, recipe: str |
     Args:
         network: Name of a network, over the recipe's.
         data: A data set, over the recipe's.
-        recipe: A recipe's name or file; None: `digits` for the digits, `fast` for everything else.
+        recipe: A recipe's name or file; None: `int8` where that is asked for, `digits` for the digits, `fast`
+            for everything else.
         **overrides: Fields of the three configs by name: `epochs`, `width`, `lr`, ... None leaves the recipe's value.
 
     Returns:
@@ -79,7 +84,14 @@ def configure(network: str | None = None, data: str | None = None, recipe: str |
         UnknownNameError: There is no such recipe, network, regulator or setting.
         ConfigError: A value is out of range.
     """
-    base = load_recipe(recipe or ("digits" if data in (None, "digits") else "fast"))
+    start = overrides.get("weights")
+    recipe = recipe or ("int8" if overrides.get("quantize") == "int8" else "digits" if data in (None, "digits") else "fast")
+    base = load_recipe(recipe)
+    if start is not None and (Path(start) / "config.toml").is_file():
+        # network and data are those of the run that it goes on from, and what is done to its images
+        before = read_config(Path(start) / "config.toml")
+        kept = {name: getattr(before.training, name) for name in _KEPT}
+        base = Config(before.network, before.data, dataclasses.replace(base.training, **kept))
     if network is not None and _is_foreign(network) != _is_foreign(base.network.name):
         # what a recipe says of a network of the zoo does not fit a foreign one, nor the other way round
         base = dataclasses.replace(base, network=NetworkConfig())
@@ -233,13 +245,30 @@ def _execution(config: TrainingConfig, accelerator: Accelerator, foreign: bool, 
 
 def _network(plan: Plan | None, module: nn.Module | None, config: Config, splits: Splits) -> Classifier:
     """What is trained; its start values follow from the seed, but for a module that came with its own."""
-    seed, name = config.training.seed, config.network.name
+    seed, name, start = config.training.seed, config.network.name, config.training.weights
     if plan is None and (module is not None or is_factory(name)):
         torch.manual_seed(seed)
-        return adapt(config.network, splits.input, splits.classes, module)
+        adapted = adapt(config.network, splits.input, splits.classes, module)
+        return adapted if start is None else _same_images(cast(Classifier, load(start, adapted)), splits, start)
     if plan is None and name.startswith(_FROM_PYTHON):
         raise ConfigError(f"'{name}' was given from Python: go on from there, dacnn.train(module, out=..., resume=True)")
-    return Network(_fitted(plan, config, splits), torch.Generator().manual_seed(seed))
+    plan = _fitted(plan, config, splits)
+    if start is None:
+        return Network(plan, torch.Generator().manual_seed(seed))
+    network = _same_images(load(start), splits, start)
+    if network.plan != plan:
+        raise ConfigError(f"{start}: holds another '{network.plan.name}' than is asked for: leave out settings of the network")
+    return network
+
+
+def _same_images(network: N, splits: Splits, start: str) -> N:
+    """Refuse weights that learnt from other images."""
+    if (network.input, network.classes) != (splits.input, splits.classes):
+        raise ConfigError(
+            f"{start}: learnt from {network.input.channels} channels of {network.input.height}x{network.input.width} pixels "
+            f"and {len(network.classes)} classes, which '{splits.name}' has not: name the data that it was trained on"
+        )
+    return network
 
 
 def _fitted(plan: Plan | None, config: Config, splits: Splits) -> Plan:
