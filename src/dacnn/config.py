@@ -207,13 +207,8 @@ class TrainingConfig(Checked):
     threads: int | None = setting(None, "CPU threads of one process (default: PyTorch's own choice)", low=1)
 
     def __post_init__(self) -> None:
-        """Check the fields; what is made again and what is compiled exclude each other, integers need weights."""
+        """Check the fields; what is made again and what is compiled exclude each other."""
         super().__post_init__()
-        if self.quantize != "no" and self.weights is None:
-            raise ConfigError(
-                f"training.quantize is '{self.quantize}', but nothing is trained yet whose values have ranges: train in floats "
-                "first, and name that run with --weights"
-            )
         if self.recompute in ("activations", "segments") and self.compile == "yes":
             raise ConfigError(
                 f"training.recompute is '{self.recompute}' and training.compile 'yes', but a compiler decides for itself what "

@@ -105,9 +105,10 @@ def test_weights_alone_are_a_start(floats: Path, tmp_path: Path) -> None:
     assert dacnn.load(result.run).ranges is None
 
 
-def test_integers_without_weights_are_refused() -> None:
+def test_integers_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="name that run with --weights"):
-        configure("dacnn3", quantize="int8")
+        dacnn.train("dacnn3", data="digits", quantize="int8", out=tmp_path / "drawn")
+    assert not (tmp_path / "drawn").exists()
 
 
 def test_weights_of_another_network_are_refused(floats: Path, tmp_path: Path) -> None:

@@ -195,6 +195,11 @@ def _stem(config: Config) -> str:
 
 
 def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run, listener: Listener) -> TrainResult:
+    if config.training.quantize != "no" and config.training.weights is None:
+        raise ConfigError(
+            f"training.quantize is '{config.training.quantize}', but nothing is trained yet whose values have ranges: train in "
+            "floats first, and name that run with --weights"
+        )
     accelerator = Accelerator(cpu=config.training.device == "cpu", log_with="tensorboard", project_dir=str(run.path))
     if accelerator.device.type not in ("cpu", "cuda"):
         raise TrainingError(f"device '{accelerator.device.type}' is not supported: use --device cpu")
