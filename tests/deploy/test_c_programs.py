@@ -82,6 +82,13 @@ CONVOLUTIONS: dict[str, Program] = {
         g=drawn(9, 2),
         s=drawn(9, 2, seed=1),
     ),
+    "repeat whole blocks": program(
+        Convolve("y", "x", RepeatedKernel("base", "g", "s"), padding=SAME),
+        channels=32,
+        base=drawn(16, 4, 3, 3),
+        g=drawn(2, 2),
+        s=30 * drawn(2, 2, seed=1),
+    ),
     "repeat depthwise": program(
         Convolve("y", "x", RepeatedKernel("base", "g", "s"), padding=SAME, groups=C),
         base=drawn(4, 1, 3, 3),

@@ -24,7 +24,7 @@ _FLOAT = 4
 # of the value that lies in the caller's memory
 _LOGITS = -1
 # those for which C has functions in math.h only
-_TRANSCENDENTAL = frozenset(("sigmoid", "silu", "gelu", "tanh", "repeat"))
+_TRANSCENDENTAL = frozenset(("sigmoid", "silu", "gelu", "tanh"))
 
 
 @dataclass(frozen=True)

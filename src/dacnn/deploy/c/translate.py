@@ -159,7 +159,10 @@ class _Translation:
         outputs, inputs, kernel_h, kernel_w = base.shape
         sizes = Geometry(rows, columns, inputs, 1, 1, outputs, kernel_h, kernel_w, groups=geometry.groups)
         gain, steepness = self.tensor(kernel.gain), self.tensor(kernel.steepness)
-        return Call("repeat", sizes, kernel=self.tensor(kernel.tensor), scale=gain, shift=steepness)
+        # tiles of whole blocks are read in runs; others number by number, in the order of (O, I, H, W)
+        whole = geometry.groups == 1 and outputs % arrays.BLOCK == 0
+        stored = self.put(str(kernel.tensor), None, 1, values=arrays.blocked(base, 1)) if whole else self.tensor(kernel.tensor)
+        return Call("repeat", sizes, kernel=stored, scale=gain, shift=steepness)
 
     # ------------------------------------------------------------ all other steps
 
