@@ -1,6 +1,5 @@
 """Networks in int8 as C: every path gives the bits of the integer interpreter, under every compiler and sanitizer."""
 
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,17 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import dacnn
 import foreign
 import integer_interpreter
-from c_networks import COUNT, compiled, executed, images_for, network_of, tool
+from c_networks import compiled, executed, images_for, network_of
 from dacnn.config import NetworkConfig
-from dacnn.deploy.c.build import write
-from dacnn.deploy.c.integer_source import to_c_int8
-from dacnn.deploy.c.target import flags as flags_of
-from dacnn.deploy.c.target import footprint
 from dacnn.deploy.calibrate import calibrate
-from dacnn.deploy.integers import IntegerProgram, Sum
+from dacnn.deploy.integers import IntegerProgram
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import (
     Activate,
@@ -35,7 +29,6 @@ from dacnn.deploy.program import (
     StoredKernel,
 )
 from dacnn.deploy.quantize import quantize
-from dacnn.errors import ConfigError, DeployError
 from dacnn.networks.factory import adapt
 from dacnn.networks.plan import Input
 from dacnn.networks.zoo import DESIGNS
@@ -72,7 +65,9 @@ def test_a_network_of_the_zoo_gives_the_same_bits(name: str) -> None:
     check({name: made(name, width=4)})
 
 
-@pytest.mark.parametrize(("cc", "flags"), [("gcc", ("-O2",)), ("clang", ("-O1",)), ("gcc", SANITIZED), ("gcc", ("-O1", "-Dnet0_PORTABLE"))])
+@pytest.mark.parametrize(
+    ("cc", "flags"), [("gcc", ("-O2",)), ("clang", ("-O1",)), ("gcc", SANITIZED), ("gcc", ("-O1", "-Dnet0_PORTABLE"))]
+)
 def test_residuals_regulators_and_whole_blocks_give_the_same_bits(cc: str, flags: tuple[str, ...]) -> None:
     check({"dacnn18": made("dacnn18", width=16, regulator="low-rank", regulator_rank=3)}, cc, flags)
 

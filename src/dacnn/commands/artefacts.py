@@ -58,9 +58,9 @@ def export(
     from dacnn import tables
     from dacnn.checkpoint import load
     from dacnn.deploy.export import export as export_network
+    from dacnn.errors import ConfigError
     from dacnn.measure.proposals import parse_bytes
     from dacnn.progress import bar
-    from dacnn.errors import ConfigError
     from dacnn.training.run import calibration_images, some_images
 
     if calibrate is not None and dtype != "int8":

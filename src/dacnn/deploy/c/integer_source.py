@@ -148,7 +148,11 @@ def _padded_bytes(of: Geometry) -> int:
 
 
 def _arrays(calls: IntegerCalls) -> list[dict[str, Any]]:
-    stores = {"factors": ("int32_t", calls.factors), "addends": ("int16_t", calls.addends), "lookups": ("uint8_t", calls.tables)}
+    stores = {
+        "factors": ("int32_t", calls.factors),
+        "addends": ("int16_t", calls.addends),
+        "lookups": ("uint8_t", calls.tables),
+    }
     joined = {name: (kind, np.concatenate(parts)) for name, (kind, parts) in stores.items() if parts}
     return [
         {"name": name, "type": kind, "length": values.size, "numbers": integers(values)}

@@ -158,7 +158,9 @@ class _Translation:
                 self.sum(step)
             case Lookup():
                 self.keep_order(step.x, step.out)
-                self.row("lookup", self.geometry(step.x, step.out), step.x, step.out, item=len(self.done.tables), over=(step.x,))
+                self.row(
+                    "lookup", self.geometry(step.x, step.out), step.x, step.out, item=len(self.done.tables), over=(step.x,)
+                )
                 self.done.tables.append(step.table)
             case MaxPool():
                 sizes = self.geometry(step.x, step.out, step.size, step.stride, step.padding[:2])
@@ -204,7 +206,7 @@ class _Translation:
         dilation: tuple[int, ...] = (1, 1),
         groups: int = 1,
     ) -> Geometry:
-        return Geometry(*self.pixels(x), *self.pixels(y), *size, *stride, *padding, *dilation, groups)
+        return Geometry(*(*self.pixels(x), *self.pixels(y), *size, *stride, *padding, *dilation, groups))
 
     def put(self, *key: object, kind: str, values: Array, slack: int = 0) -> str:
         """Name of the array that holds these values; what has one key is stored once."""
