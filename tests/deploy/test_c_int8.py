@@ -11,6 +11,7 @@ import torch
 
 import foreign
 import integer_interpreter
+from boards import MACHINES, on_board
 from c_networks import compiled, executed, images_for, network_of
 from dacnn.config import NetworkConfig
 from dacnn.deploy.calibrate import calibrate
@@ -37,7 +38,6 @@ from reference import one_thread  # noqa: F401  (a fixture)
 
 CLASSES = ("a", "b", "c")
 SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-BOARD = Path(__file__).parent / "cortex_m"
 
 
 def integers_of(flat: Program) -> IntegerProgram:
@@ -60,9 +60,8 @@ def check(programs: Mapping[str, IntegerProgram], cc: str = "gcc", flags: Sequen
             np.testing.assert_array_equal(logits, expected, err_msg=f"{name}, {path}")
 
 
-@pytest.mark.parametrize("name", DESIGNS)
-def test_a_network_of_the_zoo_gives_the_same_bits(name: str) -> None:
-    check({name: made(name, width=4)})
+def test_every_network_of_the_zoo_gives_the_same_bits() -> None:
+    check({"zoo": integers_of(side_by_side(lower(network_of(name, CLASSES, width=4)) for name in DESIGNS))})
 
 
 @pytest.mark.parametrize(
@@ -99,3 +98,76 @@ def test_a_converted_network_with_depthwise_kernels_gives_the_same_bits() -> Non
     module = foreign.stirred(transformers.MobileNetV1ForImageClassification(config))
     network = adapt(NetworkConfig(name="foreign.py:make", share="all"), Input(33, 33), CLASSES, module)
     check({"MobileNetV1": integers_of(lower(network))}, flags=("-O1",))
+
+
+@pytest.mark.parametrize("target", MACHINES)
+def test_an_emulated_board_gives_the_bits_of_the_host(target: str, tmp_path: Path) -> None:
+    one = made("dacnn18", width=4, regulator="pointwise")
+    images = images_for(one)
+    write(to_c_int8(one, name="net"), tmp_path)
+    assert on_board(target, images, tmp_path) == integer_interpreter.run(one, images).tobytes()
+
+
+@pytest.mark.parametrize("target", MACHINES)
+def test_flash_is_int8_kernels_and_little_code_and_ram_is_what_the_header_says(target: str) -> None:
+    tool("arm-none-eabi-gcc")
+    one = made("dacnn14", width=32)
+    files = to_c_int8(one, name="net")
+    size = footprint(files, target)  # type: ignore[arg-type]
+    stored = one.kernel_bytes + one.layer_bytes
+    assert stored < size.flash_bytes < 1.1 * stored + 24 * 1024
+    # context, image and logits; a few bytes are the linker's, to align
+    stated = files.portable_workspace_bytes + 4 + 32 * 32 * 3 + 4 * len(CLASSES)
+    assert stated <= size.ram_bytes <= stated + 16
+
+
+def test_kernels_take_a_quarter_and_a_layer_six_bytes_a_channel() -> None:
+    flat = lower(network_of("dacnn14", CLASSES, width=16))
+    one = integers_of(flat)
+    kernels = sum(tensor.size for tensor in flat.tensors.values() if tensor.ndim > 1)
+    channels = sum(len(step.store.m) for step in one.steps if isinstance(step, Sum))
+    calls = translate_integers(one)
+    stored = sum(values.nbytes for kind, values in calls.arrays.values() if kind == "int8_t")
+    # three colours are filled up to four, and vectors are read over the end
+    assert stored <= kernels + 9 * 16 + SLACK * len(calls.arrays)
+    assert sum(part.nbytes for part in (*calls.factors, *calls.addends)) == 6 * channels
+
+
+def test_an_export_in_int8_tells_how_far_it_is_from_the_network(tmp_path: Path) -> None:
+    network = network_of("dacnn7", CLASSES, width=8)
+    images = torch.from_numpy(images_for(lower(network)))
+    done = dacnn.export(network, "c", tmp_path / "net.c", dtype="int8", calibration=images, build=True, images=images)
+    assert 1e-5 < done.parity.max_error < 0.2
+    logits = dacnn.runtime.load(tmp_path / "net.so")(images.numpy())
+    np.testing.assert_array_equal(logits, dacnn.runtime.load(tmp_path / "net.so", "portable")(images.numpy()))
+    # ranges that were learnt need no images
+    network.ranges = calibrate(lower(network), images)
+    again = dacnn.export(network, "c", tmp_path / "net.c", dtype="int8", images=images)
+    assert again.parity == done.parity
+
+
+def test_what_int8_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+    network = network_of("dacnn3", CLASSES, width=4)
+    images = torch.from_numpy(images_for(lower(network)))
+    cases: list[tuple[type[Exception], str, str, dict[str, Any]]] = [
+        (DeployError, "has no ranges of its values", "c", {}),
+        (DeployError, "expected 1 or more uint8 images of 32 x 32 x 3", "c", {"calibration": images[:0]}),
+        (DeployError, "expected 1 or more uint8 images of 32 x 32 x 3", "c", {"calibration": images[:, 1:]}),
+        (ConfigError, "'onnx' is written in float32", "onnx", {"calibration": images}),
+        (ConfigError, "int8 chooses its convolutions itself", "c", {"calibration": images, "winograd": "off"}),
+        (ConfigError, "float32 has nothing to calibrate", "c", {"calibration": images, "dtype": "float32"}),
+    ]
+    for kind, said, to, settings in cases:
+        with pytest.raises(kind, match=said) as caught:
+            dacnn.export(network, to, tmp_path / "net.c", **({"dtype": "int8"} | settings))  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_that_gives_other_bits_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    network = network_of("dacnn3", CLASSES, width=4)
+    images = torch.from_numpy(images_for(lower(network)))
+    monkeypatch.setattr("dacnn.deploy.c.same_bits.IntegerRun", lambda program: lambda images: torch.zeros(len(images), 3))
+    with pytest.raises(DeployError, match="'portable' code gives other logits than the integers"):
+        dacnn.export(network, "c", tmp_path / "net.c", dtype="int8", calibration=images)
+    assert list(tmp_path.iterdir()) == []
