@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+import dacnn
 import foreign
 import integer_interpreter
 from boards import MACHINES, on_board
-from c_networks import compiled, executed, images_for, network_of
+from c_networks import compiled, executed, images_for, network_of, side_by_side, tool
 from dacnn.config import NetworkConfig
+from dacnn.deploy.c.build import write
+from dacnn.deploy.c.integer_arrays import SLACK
+from dacnn.deploy.c.integer_source import to_c_int8
+from dacnn.deploy.c.integer_translate import translate_integers
+from dacnn.deploy.c.target import footprint
 from dacnn.deploy.calibrate import calibrate
-from dacnn.deploy.integers import IntegerProgram
+from dacnn.deploy.integers import IntegerProgram, Sum
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import (
     Activate,
@@ -30,6 +36,7 @@ from dacnn.deploy.program import (
     StoredKernel,
 )
 from dacnn.deploy.quantize import quantize
+from dacnn.errors import ConfigError, DeployError
 from dacnn.networks.factory import adapt
 from dacnn.networks.plan import Input
 from dacnn.networks.zoo import DESIGNS

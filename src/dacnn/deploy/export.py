@@ -93,8 +93,8 @@ def export(
             `pt2`: what `torch.export.load` reads, without this library; `c`: one source of C99, its header and an example.
         out: The file, of C its source, NAME.c; an older one is replaced as a whole.
         float_input: Take normalised floats N x C x H x W instead of uint8 images N x H x W x C.
-        dtype: Of `c`: `int8` rounds kernels and values to eight bits; the distance from the network is told, and all its code must
-            give the same bits as the integers evaluated in Python.
+        dtype: Of `c`: `int8` rounds kernels and values to eight bits; the distance from the network is told, and all its
+            code must give the same bits as the integers evaluated in Python.
         calibration: Of int8: images from which the ranges of values are found, uint8, shape (N, H, W, C); some hundreds of
             those that the network was trained on. None: the ranges that it learnt when it was trained in int8.
         form: Of `onnx-loop`: `small` takes the least memory in ONNX Runtime, `fast` the least time; None: small.
