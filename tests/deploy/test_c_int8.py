@@ -40,6 +40,7 @@ from dacnn.errors import ConfigError, DeployError
 from dacnn.networks.factory import adapt
 from dacnn.networks.plan import Input
 from dacnn.networks.zoo import DESIGNS
+from fuzz_c import BATCH, tasks
 from onnx_programs import drawn, program
 from reference import one_thread  # noqa: F401  (a fixture)
 
@@ -105,6 +106,12 @@ def test_a_converted_network_with_depthwise_kernels_gives_the_same_bits() -> Non
     module = foreign.stirred(transformers.MobileNetV1ForImageClassification(config))
     network = adapt(NetworkConfig(name="foreign.py:make", share="all"), Input(33, 33), CLASSES, module)
     check({"MobileNetV1": integers_of(lower(network))}, flags=("-O1",))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_plan_gives_the_same_bits(seed: int) -> None:
+    for programs, cc, _ in tasks(BATCH, seed, turn=seed):
+        check({name: integers_of(one) for name, one in programs.items()}, cc, ("-O0", *SANITIZED[1:]))
 
 
 @pytest.mark.parametrize("target", MACHINES)
