@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from dacnn.config import NetworkConfig
 from dacnn.deploy.c.build import write
-from dacnn.deploy.c.source import Winograd, to_c
+from dacnn.deploy.c.integer_source import to_c_int8
+from dacnn.deploy.c.source import CSource, Winograd, to_c
+from dacnn.deploy.integers import IntegerProgram
 from dacnn.deploy.program import IMAGES, Add, Program, Step, operands
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Input
@@ -28,7 +30,7 @@ HARNESS = Path(__file__).parent / "deploy" / "c_harness.c"
 STRICT = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror")
 # unoptimised: most of the time goes into compiling, and what optimisers do is for the tests of the fast code
 SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-PATHS = ("portable", "vector", "avx2", "avx512")
+PATHS = ("portable", "vector", "avx2", "avx512", "vnni")
 COUNT = 2
 # of the largest logit: random deep plans err by 1e-4 in float32 itself, and Winograd's convolution by a few times that
 TOLERANCE = 1e-3
@@ -51,8 +53,12 @@ def tool(name: str) -> str:
     return found
 
 
+def files_of(program: Program | IntegerProgram, name: str, winograd: Winograd = "init") -> CSource:
+    return to_c_int8(program, name=name) if isinstance(program, IntegerProgram) else to_c(program, name=name, winograd=winograd)
+
+
 def compiled(
-    programs: Sequence[Program],
+    programs: Sequence[Program | IntegerProgram],
     folder: Path,
     cc: str = "gcc",
     flags: Sequence[str] = SANITIZED,
@@ -60,9 +66,7 @@ def compiled(
 ) -> Path:
     """One executable that runs all of them."""
     names = [f"net{index}" for index in range(len(programs))]
-    sources = [
-        write(to_c(program, name=name, winograd=winograd), folder).name for name, program in zip(names, programs, strict=True)
-    ]
+    sources = [write(files_of(program, name, winograd), folder).name for name, program in zip(names, programs, strict=True)]
     lines = [f'#include "{name}.h"' for name in names]
     (folder / "networks.h").write_text("\n".join([*lines, f"#define NETWORKS(X) {' '.join(f'X({name})' for name in names)}\n"]))
     words = [tool(cc), *STRICT, *flags, f"-DIMAGES={COUNT}", f"-I{folder}", "-o", "networks", *sources, str(HARNESS), "-lm"]
@@ -72,7 +76,7 @@ def compiled(
 
 
 def executed(
-    programs: Sequence[Program], images: Sequence[NDArray[np.uint8]], binary: Path
+    programs: Sequence[Program | IntegerProgram], images: Sequence[NDArray[np.uint8]], binary: Path
 ) -> list[dict[str, NDArray[np.float32]]]:
     """For each program the logits by each path that this processor has."""
     stdin = b"".join(part.tobytes() for part in images)
@@ -120,7 +124,7 @@ def _renamed(step: Any, names: Mapping[str, str], prefix: str) -> Any:
     return dataclasses.replace(step, **changes)
 
 
-def images_for(program: Program, seed: int = 0) -> NDArray[np.uint8]:
+def images_for(program: Program | IntegerProgram, seed: int = 0) -> NDArray[np.uint8]:
     of = program.input
     shape = (COUNT, of.height, of.width, of.channels)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

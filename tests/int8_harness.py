@@ -217,6 +217,7 @@ class Harness:
         return shell.from_string(SHELL + chr(10)).render(
             name="net",
             tiles=TILES,
+            winograd=True,
             ops=self.ops | {"convolve"},
             features=self.features | {"dense"},
             sigmoid=SIGMOID.tolist(),

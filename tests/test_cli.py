@@ -134,6 +134,16 @@ def test_export_writes_a_file_and_says_how_exact_it_is(
     assert "256 images of noise" in text and "100.00%" in text
 
 
+def test_an_export_in_int8_is_calibrated_on_train_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"--to c --dtype int8 --out {tmp_path / 'net.c'} --images 20"
+    table = json.loads(output(f"export {run} {words} --json", capsys))
+    assert table["ranges_from"] == "512 train images of digits" and 1e-5 < table["parity"]["max_error"] < 0.2
+    bare = (run / "best.safetensors").rename(tmp_path / "bare.safetensors")
+    text = output(f"export {bare} {words} --calibrate digits", capsys)
+    bare.rename(run / "best.safetensors")
+    assert "512 train images of digits" in text and "20 images of noise" in text
+
+
 def test_count_sets_a_network_beside_its_twin_and_its_rival(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "count dacnn14 --width 16 --batch-size 8 --precision float32 --optimizer adamw"
     table = json.loads(output(f"{words} --measure --json", capsys))

@@ -229,7 +229,7 @@ def count_table(columns: Sequence[Mapping[str, Any]], training: TrainingConfig, 
     return Group(table, f"activation bytes: one image, no gradients; MB: training at its worst moment, {step}, {where}")
 
 
-def export_table(done: Exported, compared_on: str) -> RenderableType:
+def export_table(done: Exported, compared_on: str, ranges_from: str | None = None) -> RenderableType:
     """What was written, and how far it is from the network."""
     table = Table.grid(padding=(0, 2))
     table.add_row("file", Text(f"{done.path} ({done.target})"))
@@ -241,6 +241,8 @@ def export_table(done: Exported, compared_on: str) -> RenderableType:
     if done.footprint is not None:
         size = done.footprint
         table.add_row(size.target, f"{size.flash_bytes:,} bytes of flash, {size.ram_bytes:,} bytes of RAM and the stack")
+    if ranges_from is not None:
+        table.add_row("int8 ranges", Text(ranges_from))
     table.add_row("compared on", Text(compared_on))
     table.add_row("largest error", f"{done.parity.max_error:.1e} of the largest logit, against float64")
     table.add_row("same first guess", f"{done.parity.top1_agreement:.2%}")

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const paths[] = {"portable", "vector", "avx2", "avx512"};
+static const char *const paths[] = {"portable", "vector", "avx2", "avx512", "vnni"};
 
 static void *memory(size_t bytes)
 {

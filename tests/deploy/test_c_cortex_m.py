@@ -1,25 +1,20 @@
 """On microcontrollers: what a network takes is what is linked, and it gives there the bits of the host's plain code."""
 
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import dacnn
-from c_networks import COUNT, compiled, executed, images_for, network_of, tool
+from boards import MACHINES, SAME_ROUNDING, on_board
+from c_networks import compiled, executed, images_for, network_of, tool
 from dacnn.deploy.c.build import write
 from dacnn.deploy.c.source import to_c
-from dacnn.deploy.c.target import flags, footprint
+from dacnn.deploy.c.target import footprint
 from dacnn.deploy.lower import lower
 from dacnn.errors import DeployError
 from reference import one_thread  # noqa: F401  (a fixture)
 
-BOARD = Path(__file__).parent / "cortex_m"
-MACHINES = {"cortex-m4": "mps2-an386", "cortex-m7": "mps2-an500"}
 CLASSES = ("a", "b", "c")
-# a product and its sum are rounded apart, on either side
-SAME_ROUNDING = "-ffp-contract=off"
 
 
 @pytest.mark.parametrize("target", MACHINES)
@@ -27,22 +22,11 @@ def test_an_emulated_board_gives_the_bits_of_the_host(target: str, tmp_path: Pat
     program = lower(network_of("dacnn18", CLASSES, width=4, regulator="pointwise"))
     images = images_for(program)
     write(to_c(program, name="net"), tmp_path)
-    rows = ",\n".join("{" + ",".join(map(str, image.ravel())) + "}" for image in images)
-    (tmp_path / "images.h").write_text(f"static const uint8_t images[{COUNT}][{images[0].size}] = {{\n{rows}\n}};\n")
-    linked = ("--specs=rdimon.specs", "-nostartfiles", "-T", str(BOARD / "mps2.ld"), "-I.", "-Wall", "-Wextra", "-Werror")
-    files = ("net.c", str(BOARD / "main.c"), str(BOARD / "start.c"))
-    words = [tool("arm-none-eabi-gcc"), *flags(target), SAME_ROUNDING, *linked, *files, "-o", "net.elf"]  # type: ignore[arg-type]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    emulator = [tool("qemu-system-arm"), "-M", MACHINES[target], "-nographic", "-semihosting-config", "enable=on,target=native"]
-    done = subprocess.run(
-        [*emulator, "-kernel", "net.elf"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
-    )
-    found = np.array([int(word, 16) for word in done.stdout.split()], np.uint32)
+    found = on_board(target, images, tmp_path)
     (tmp_path / "host").mkdir()
     host = compiled([program], tmp_path / "host", flags=("-O1", SAME_ROUNDING))
     (logits,) = executed([program], [images], host)
-    assert found.tobytes() == logits["portable"].tobytes()
+    assert found == logits["portable"].tobytes()
 
 
 @pytest.mark.parametrize("target", MACHINES)

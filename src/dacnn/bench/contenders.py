@@ -109,6 +109,14 @@ _ALL = (
     Contender(
         "dacnn-c", "`--to c`, compiled by the system's compiler", f"{_OWN}:write_c", f"{_OWN}:load_c", "uint8", package="dacnn"
     ),
+    Contender(
+        "dacnn-c-int8",
+        "`--to c --dtype int8`, calibrated on noise: its time counts, not its accuracy",
+        f"{_OWN}:write_c_int8",
+        f"{_OWN}:load_c",
+        "uint8",
+        package="dacnn",
+    ),
     Contender("dacnn-pack", "dacnn.pack in float32", f"{_TORCH}:write", f"{_OWN}:load_packed", "uint8"),
     Contender("dacnn-pack-bfloat16", "dacnn.pack in bfloat16", f"{_TORCH}:write", f"{_OWN}:load_packed_bfloat16", "uint8"),
     Contender("dacnn-pt2", "`--to pt2` in PyTorch", f"{_OWN}:write_pt2", f"{_OWN}:load_pt2", "uint8"),

@@ -10,16 +10,21 @@ from dacnn.bench.onnx_backends import FILE
 from dacnn.bench.torch_backends import load_network
 from dacnn.deploy import runtime
 from dacnn.deploy.c.build import build
+from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.source import to_c
+from dacnn.deploy.export import integers_of
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.graph import Form
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.packed import pack
+from dacnn.deploy.parity import noise_images
 from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll
 from dacnn.networks.classifier import Classifier
 
 _PT2, _LIBRARY = "network.pt2", "network.so"
+# they tell as much of the time as real ones do
+_CALIBRATION_IMAGES = 64
 
 
 def write_onnx(network: Classifier, folder: Path, largest_batch: int) -> None:
@@ -71,6 +76,12 @@ def load_packed_bfloat16(artefact: Artefact) -> Loaded:
 def write_c(network: Classifier, folder: Path, largest_batch: int) -> None:
     """Compile the network, its transformed kernels made when it is loaded."""
     build(to_c(lower(network), name="network"), folder / _LIBRARY)
+
+
+def write_c_int8(network: Classifier, folder: Path, largest_batch: int) -> None:
+    """Compile the network in int8; where it has not learnt the ranges of its values, they are found on images of noise."""
+    calibration = noise_images(network.input, _CALIBRATION_IMAGES) if network.ranges is None else None
+    build(to_c_int8(integers_of(network, calibration), name="network"), folder / _LIBRARY)
 
 
 def load_c(artefact: Artefact) -> Loaded:

@@ -20,6 +20,11 @@ def export(
     to: Annotated[Literal["onnx", "onnx-loop", "pt2", "c"], word("what to write")],
     out: Annotated[Path, word("the file", "FILE")],
     input: Annotated[Literal["uint8", "float"], word("take images as they are, or normalised N x C x H x W")] = "uint8",
+    dtype: Annotated[Literal["float32", "int8"], word("of c: int8 rounds kernels and values to eight bits")] = "float32",
+    calibrate: Annotated[
+        str | None,
+        word("of int8: data set whose train images tell the ranges of the values (default: the run's own)", "SOURCE"),
+    ] = None,
     form: Annotated[
         Literal["small", "fast"] | None,
         word("of onnx-loop: least memory in ONNX Runtime, or least time (default: small)", "small|fast"),
@@ -53,10 +58,13 @@ def export(
     from dacnn import tables
     from dacnn.checkpoint import load
     from dacnn.deploy.export import export as export_network
+    from dacnn.errors import ConfigError
     from dacnn.measure.proposals import parse_bytes
     from dacnn.progress import bar
-    from dacnn.training.run import some_images
+    from dacnn.training.run import calibration_images, some_images
 
+    if calibrate is not None and dtype != "int8":
+        raise ConfigError("--calibrate is given, but float32 has nothing to calibrate: leave it out, or add --dtype int8")
     flash_bytes, ram_bytes = (None if size is None else parse_bytes(size) for size in (flash_budget, ram_budget))
     network = load(run, into)
     with bar("loading") as tick:
@@ -68,11 +76,17 @@ def export(
             progress=lambda what, done, total: tick(done, total),
             **settings_of(data_settings),
         )
+    calibration, ranges = None, None
+    if dtype == "int8" and to == "c":
+        with bar("calibrating") as tick:
+            calibration, ranges = calibration_images(run, network, calibrate, lambda what, done, total: tick(done, total))
     done = export_network(
         network,
         to,
         out,
         float_input=input == "float",
+        dtype=dtype,
+        calibration=calibration,
         form=form,
         winograd=winograd,
         build=build,
@@ -82,9 +96,9 @@ def export(
         images=compared,
     )
     if json:
-        tables.show_json({**done.to_table(), "compared_on": what})
+        tables.show_json({**done.to_table(), "compared_on": what, **({"ranges_from": ranges} if ranges else {})})
     else:
-        tables.show(tables.export_table(done, what))
+        tables.show(tables.export_table(done, what, ranges))
 
 
 def audit(

@@ -114,6 +114,27 @@ def load_test(config: DataConfig, input: Input, classes: tuple[str, ...], progre
     return load_records(test, input, in_memory=in_memory, name="decoding test", progress=progress)
 
 
+def load_train(config: DataConfig, input: Input, count: int, progress: Progress | None = None) -> ImageSet:
+    """Read some of the train images of a data set, spread over it, for a network that exists.
+
+    Args:
+        config: The source; its size, channels and fit are passed over.
+        input: What the network takes.
+        count: How many at most.
+        progress: Called while images are decoded.
+
+    Returns:
+        The images.
+
+    Raises:
+        DataError: The source cannot be read.
+        UnknownNameError: The source is no path, no hub data set and none of the known names.
+    """
+    train, _ = _train_and_test(config)
+    chosen = np.linspace(0, len(train) - 1, min(count, len(train))).round().astype(np.int64)
+    return load_records(train.select(chosen), input, in_memory=True, name="decoding train", progress=progress)
+
+
 def _fits(images: int, input: Input, config: DataConfig) -> bool:
     """Whether so many decoded images may be kept in memory."""
     return images * input.height * input.width * input.channels <= config.memory_gigabytes * 1e9

@@ -12,13 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dacnn.checkpoint import replacing, stored_once
+from dacnn.deploy import runtime
 from dacnn.deploy.c.files import Wanted, write_c
+from dacnn.deploy.c.same_bits import check_bits
 from dacnn.deploy.c.source import Winograd
 from dacnn.deploy.c.target import Footprint, Microcontroller
+from dacnn.deploy.calibrate import calibrate
+from dacnn.deploy.integers import IntegerProgram
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.parity import Parity, check, measure, noise_images, reference_logits
 from dacnn.deploy.pt2 import to_pt2
+from dacnn.deploy.quantize import quantize
 from dacnn.deploy.roll import roll
 from dacnn.errors import ConfigError, DeployError, UnknownNameError
 from dacnn.networks.classifier import Classifier
@@ -27,6 +32,7 @@ from dacnn.networks.classifier import Classifier
 
 Target = Literal["onnx", "onnx-loop", "pt2", "c"]
 Form = Literal["small", "fast"]
+Dtype = Literal["float32", "int8"]
 # images of noise that are compared where none are given
 _NOISE = 16
 
@@ -69,6 +75,8 @@ def export(
     out: str | Path,
     *,
     float_input: bool = False,
+    dtype: Dtype = "float32",
+    calibration: Tensor | None = None,
     form: Form | None = None,
     winograd: Winograd | None = None,
     build: bool = False,
@@ -85,6 +93,10 @@ def export(
             `pt2`: what `torch.export.load` reads, without this library; `c`: one source of C99, its header and an example.
         out: The file, of C its source, NAME.c; an older one is replaced as a whole.
         float_input: Take normalised floats N x C x H x W instead of uint8 images N x H x W x C.
+        dtype: Of `c`: `int8` rounds kernels and values to eight bits; the distance from the network is told, and all its
+            code must give the same bits as the integers evaluated in Python.
+        calibration: Of int8: images from which the ranges of values are found, uint8, shape (N, H, W, C); some hundreds of
+            those that the network was trained on. None: the ranges that it learnt when it was trained in int8.
         form: Of `onnx-loop`: `small` takes the least memory in ONNX Runtime, `fast` the least time; None: small.
         winograd: Of `c`: where the kernels of Winograd's convolution come from: `init` computes them at the start, `file` has
             them in the file, `off` does without that convolution; None: init.
@@ -113,6 +125,7 @@ def export(
     """
     wanted = Wanted(winograd, build, target, flash_budget, ram_budget)
     _check(to, float_input, form, wanted)
+    _check_dtype(to, dtype, calibration, wanted)
     path = Path(out)
     images = noise_images(network.input, _NOISE) if images is None else images
     reference = reference_logits(network, images)
@@ -124,7 +137,17 @@ def export(
         return parity
 
     if to == "c":
-        done = write_c(lower(network), path, compared, wanted)
+        program = lower(network) if dtype == "float32" else integers_of(network, calibration)
+
+        def library_compared(library: Path) -> Parity:
+            compiled = runtime.load(library)
+            run: Runner = lambda part: compiled(part.numpy())  # noqa: E731
+            if isinstance(program, IntegerProgram):
+                check_bits(program, library, images, str(path))
+                return measure(run, images, reference)
+            return compared(run)
+
+        done = write_c(program, path, library_compared, wanted)
         sizes = (done.workspace_bytes, done.context_bytes, done.footprint)
         return Exported(to, path, path.stat().st_size, stored, done.parity, done.others, *sizes)
     with replacing(path) as beside:
@@ -133,6 +156,40 @@ def export(
         parity = compared(lambda part: run(normalize(part).contiguous() if float_input else part))
         file_bytes = beside.stat().st_size
     return Exported(to, path, file_bytes, stored, parity)
+
+
+def integers_of(network: Classifier, calibration: Tensor | None) -> IntegerProgram:
+    """A network in integers.
+
+    Args:
+        network: The network.
+        calibration: Images, uint8, shape (N, H, W, C); None: the network has learnt its ranges.
+
+    Returns:
+        The integer program.
+
+    Raises:
+        DeployError: There are no ranges, or they cannot be found, or the network cannot be expressed.
+    """
+    program = lower(network)
+    ranges = network.ranges if calibration is None else calibrate(program, calibration)
+    if ranges is None:
+        raise DeployError(
+            f"'{program.name}' has no ranges of its values, which int8 needs: give images as calibration "
+            "(--calibrate SOURCE), or train it in int8"
+        )
+    return quantize(program, ranges)
+
+
+def _check_dtype(to: Target, dtype: Dtype, calibration: Tensor | None, wanted: Wanted) -> None:
+    if dtype not in get_args(Dtype):
+        raise UnknownNameError("dtype", dtype, get_args(Dtype))
+    if dtype == "int8" and to != "c":
+        raise ConfigError(f"dtype is 'int8', but '{to}' is written in float32: leave it out, or export to 'c'")
+    if dtype == "int8" and wanted.winograd is not None:
+        raise ConfigError(f"winograd is '{wanted.winograd}', but int8 chooses its convolutions itself: leave it out")
+    if dtype != "int8" and calibration is not None:
+        raise ConfigError("calibration is given, but float32 has nothing to calibrate: leave it out, or set dtype to 'int8'")
 
 
 def _check(to: Target, float_input: bool, form: Form | None, wanted: Wanted) -> None:

@@ -22,13 +22,16 @@ from torch import Tensor
 from dacnn.checkpoint import replacing, save
 from dacnn.config import Config, DataConfig, read_config
 from dacnn.data.imageset import Progress
-from dacnn.data.sources import load_test
+from dacnn.data.sources import load_test, load_train
 from dacnn.deploy.parity import noise_images
 from dacnn.errors import CheckpointError, ConfigError, PlanError
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.plan import Plan
 from dacnn.training.loop import EpochRecord, Loop
 from dacnn.training.state import read_state, save_state
+
+# enough for the ranges of all values
+_CALIBRATION_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -232,3 +235,31 @@ def some_images(
     images = load_test(config, network.input, network.classes, progress)
     chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
     return images.gather(chosen), f"{len(chosen)} test images of {config.source}"
+
+
+def calibration_images(
+    run: Path, network: Classifier, source: str | None, progress: Progress | None = None
+) -> tuple[Tensor | None, str]:
+    """Train images from which an int8 export finds the ranges of a network's values.
+
+    Args:
+        run: A run directory, or a file in one.
+        network: Its network.
+        source: The data set; None: that of the run, but none where the network has learnt its ranges.
+        progress: Called while images are decoded.
+
+    Returns:
+        uint8, shape (N, H, W, C), or None, and what the ranges come from, in words.
+
+    Raises:
+        ConfigError: No data set was named, and that of the run is not known.
+        DataError: The data set cannot be read.
+    """
+    if source is None and network.ranges is not None:
+        return None, "ranges learnt in training"
+    try:
+        config = data_of(run, source)
+    except ConfigError:
+        raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --calibrate") from None
+    images = load_train(config, network.input, _CALIBRATION_IMAGES, progress)
+    return images.gather(torch.arange(len(images))), f"{len(images)} train images of {config.source}"

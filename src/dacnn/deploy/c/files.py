@@ -6,23 +6,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
-
 from dacnn.checkpoint import replacing
-from dacnn.deploy import runtime
 from dacnn.deploy.c.build import build
+from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.literals import identifier
 from dacnn.deploy.c.provenance import signed
 from dacnn.deploy.c.source import Winograd, to_c
 from dacnn.deploy.c.target import Footprint, Microcontroller, check_budget, footprint
+from dacnn.deploy.integers import IntegerProgram
 from dacnn.deploy.parity import Parity
 from dacnn.deploy.program import Program
 from dacnn.errors import DeployError
-
-# images of one call
-Runner = Callable[[Tensor], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -63,13 +57,13 @@ class Wanted:
     ram_budget: int | None = None
 
 
-def write_c(program: Program, path: Path, compare: Callable[[Runner], Parity], wanted: Wanted) -> Written:
+def write_c(program: Program | IntegerProgram, path: Path, compare: Callable[[Path], Parity], wanted: Wanted) -> Written:
     """Write NAME.c, NAME.h and NAME_example.c, and if wanted the shared library NAME.so, all or none.
 
     Args:
-        program: A flat Program.
+        program: A flat Program, or one in integers.
         path: Of the source; its name is what all names in it begin with.
-        compare: Compares what runs on images with the network, and refuses what is too far from it.
+        compare: Compares a shared library with the network, and refuses what is too far from it.
         wanted: How they shall be.
 
     Returns:
@@ -82,7 +76,11 @@ def write_c(program: Program, path: Path, compare: Callable[[Runner], Parity], w
     """
     if path.suffix != ".c":
         raise DeployError(f"{path}: a source of C is called NAME.c: call it {path.with_suffix('.c').name}")
-    files = to_c(program, name=identifier(path.stem), winograd=wanted.winograd or "init")
+    name = identifier(path.stem)
+    if isinstance(program, IntegerProgram):
+        files = to_c_int8(program, name=name)
+    else:
+        files = to_c(program, name=name, winograd=wanted.winograd or "init")
     others = [path.with_suffix(".h"), path.with_name(f"{path.stem}_example.c")]
     with ExitStack() as stack:
         beside = [stack.enter_context(replacing(other)) for other in (path, *others)]
@@ -92,8 +90,7 @@ def write_c(program: Program, path: Path, compare: Callable[[Runner], Parity], w
             others.append(path.with_suffix(".so"))
             built = stack.enter_context(replacing(others[-1]))
         build(files, built)
-        compiled = runtime.load(built)
-        parity = compare(lambda images: compiled(images.numpy()))
+        parity = compare(built)
         size = footprint(files, wanted.target) if wanted.target else None
         if size:
             check_budget(size, wanted.flash_budget, wanted.ram_budget, str(path))

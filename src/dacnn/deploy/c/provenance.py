@@ -2,15 +2,20 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
 
 from dacnn import __version__
 from dacnn.deploy.c.literals import comment
 from dacnn.deploy.c.source import CSource
+from dacnn.deploy.integers import IntegerProgram
 from dacnn.deploy.parity import Parity
-from dacnn.deploy.program import Program, Tensors
+from dacnn.deploy.program import Program
 
 
-def weights_hash(tensors: Tensors) -> str:
+def weights_hash(tensors: Mapping[str, NDArray[Any]]) -> str:
     """SHA-256 of tensors, with their names and shapes, in the order of the names.
 
     Args:
@@ -26,7 +31,7 @@ def weights_hash(tensors: Tensors) -> str:
     return found.hexdigest()
 
 
-def signed(files: CSource, program: Program, parity: Parity) -> CSource:
+def signed(files: CSource, program: Program | IntegerProgram, parity: Parity) -> CSource:
     """Put a comment before source and header: the plan, the weights, the version, how far it is from the network.
 
     Args:

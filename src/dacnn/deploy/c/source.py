@@ -74,9 +74,9 @@ def to_c(program: Program, *, name: str, winograd: Winograd = "init") -> CSource
     values = _names(identifier(name), program) | _table(calls, memory) | _sizes(calls, memory, winograd == "file")
     return CSource(
         name,
-        _render("network.c.jinja", values),
-        _render("network.h.jinja", values),
-        _render("example.c.jinja", values),
+        render("network.c.jinja", values),
+        render("network.h.jinja", values),
+        render("example.c.jinja", values),
         values["makefile_line"],
         values["workspace_bytes"],
         values["context_bytes"],
@@ -86,7 +86,7 @@ def to_c(program: Program, *, name: str, winograd: Winograd = "init") -> CSource
 
 def to_footprint(name: str) -> str:
     """The least program around a network of this name, to measure what it takes."""
-    return _render("footprint.c.jinja", {"name": name, "header_name": f"{name}.h"})
+    return render("footprint.c.jinja", {"name": name, "header_name": f"{name}.h"})
 
 
 def _places(calls: Calls) -> Memory:
@@ -104,7 +104,10 @@ def _names(name: str, program: Program) -> dict[str, Any]:
         "abi": ABI,
         "input": program.input,
         "classes": [string(word) for word in program.classes],
-        "makefile_line": _makefile_line(name),
+        "makefile_line": makefile_line(name),
+        "memory": "memory.h.jinja",
+        "preparing": "prepare.c.jinja",
+        "fast_where": "(defined(__x86_64__) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)))",
     }
 
 
@@ -162,11 +165,13 @@ def _sizes(calls: Calls, memory: Memory, in_file: bool) -> dict[str, Any]:
     }
 
 
-def _makefile_line(name: str) -> str:
+def makefile_line(name: str) -> str:
+    """How the example is compiled."""
     return f"{name}_example: {name}_example.c {name}.c {name}.h\n\t$(CC) -std=c99 -O3 -o $@ {name}_example.c {name}.c -lm"
 
 
-def _render(template: str, values: dict[str, Any]) -> str:
+def render(template: str, values: dict[str, Any]) -> str:
+    """The text of a template."""
     return _ENVIRONMENT.get_template(template).render(values)
 
 

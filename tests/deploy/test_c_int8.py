@@ -1,0 +1,187 @@
+"""Networks in int8 as C: every path gives the bits of the integer interpreter, under every compiler and sanitizer."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dacnn
+import foreign
+import integer_interpreter
+from boards import MACHINES, on_board
+from c_networks import compiled, executed, images_for, network_of, side_by_side, tool
+from dacnn.config import NetworkConfig
+from dacnn.deploy.c.build import write
+from dacnn.deploy.c.integer_arrays import SLACK
+from dacnn.deploy.c.integer_source import to_c_int8
+from dacnn.deploy.c.integer_translate import translate_integers
+from dacnn.deploy.c.target import footprint
+from dacnn.deploy.calibrate import calibrate
+from dacnn.deploy.integers import IntegerProgram, Sum
+from dacnn.deploy.lower import lower
+from dacnn.deploy.program import (
+    Activate,
+    Add,
+    AveragePool,
+    Convolve,
+    GlobalAverage,
+    MaxPool,
+    Multiply,
+    Program,
+    Rotate,
+    StoredKernel,
+)
+from dacnn.deploy.quantize import quantize
+from dacnn.errors import ConfigError, DeployError
+from dacnn.networks.factory import adapt
+from dacnn.networks.plan import Input
+from dacnn.networks.zoo import DESIGNS
+from fuzz_c import BATCH, tasks
+from onnx_programs import drawn, program
+from reference import one_thread  # noqa: F401  (a fixture)
+
+CLASSES = ("a", "b", "c")
+SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def integers_of(flat: Program) -> IntegerProgram:
+    return quantize(flat, calibrate(flat, torch.from_numpy(images_for(flat, 1))))
+
+
+def made(name: str, **settings: Any) -> IntegerProgram:
+    return integers_of(lower(network_of(name, CLASSES, **settings)))
+
+
+def check(programs: Mapping[str, IntegerProgram], cc: str = "gcc", flags: Sequence[str] = SANITIZED) -> None:
+    of = list(programs.values())
+    images = [images_for(one) for one in of]
+    with tempfile.TemporaryDirectory() as folder:
+        found = executed(of, images, compiled(of, Path(folder), cc, flags))
+    for name, one, part, logits_by in zip(programs, of, images, found, strict=True):
+        expected = integer_interpreter.run(one, part)
+        assert "portable" in logits_by
+        for path, logits in logits_by.items():
+            np.testing.assert_array_equal(logits, expected, err_msg=f"{name}, {path}")
+
+
+def test_every_network_of_the_zoo_gives_the_same_bits() -> None:
+    check({"zoo": integers_of(side_by_side(lower(network_of(name, CLASSES, width=4)) for name in DESIGNS))})
+
+
+@pytest.mark.parametrize(
+    ("cc", "flags"), [("gcc", ("-O2",)), ("clang", ("-O1",)), ("gcc", SANITIZED), ("gcc", ("-O1", "-Dnet0_PORTABLE"))]
+)
+def test_residuals_regulators_and_whole_blocks_give_the_same_bits(cc: str, flags: tuple[str, ...]) -> None:
+    check({"dacnn18": made("dacnn18", width=16, regulator="low-rank", regulator_rank=3)}, cc, flags)
+
+
+@pytest.mark.parametrize("share", ["template", "repeat", "stage", "none"])
+def test_kernels_that_are_made_of_others_give_the_same_bits(share: str) -> None:
+    check({share: made("dacnn5", width=16, share=share), f"narrow {share}": made("dacnn7", width=6, share=share)})
+
+
+def test_every_step_gives_the_same_bits() -> None:
+    steps = {
+        "dilated": (Convolve("y", "x", StoredKernel("a"), (2, 1), (1, 0, 2, 1), (1, 2)),),
+        "grouped": (Convolve("y", "x", StoredKernel("grouped"), padding=(1, 1, 1, 1), groups=2),),
+        "depthwise": (Convolve("y", "x", StoredKernel("depthwise"), padding=(1, 1, 1, 1), groups=8),),
+        "pool": (Convolve("s", "x", StoredKernel("a"), padding=(1, 1, 1, 1)), MaxPool("y", "s", (3, 3), (2, 2), (1, 0, 1, 0))),
+        "average": (AveragePool("y", "x", (3, 2), (2, 1)),),
+        "gate": (GlobalAverage("g", "x"), Activate("s", "g", "sigmoid"), Multiply("y", "x", "s")),
+        "pointwise": (Activate("s", "x", "gelu"), Rotate("r", "x", 3), Add("t", "s", "r"), Multiply("y", "t", "x")),
+        "doubled": (Add("y", "x", "x"),),
+    }
+    tensors = {"a": drawn(8, 8, 3, 3), "grouped": drawn(8, 4, 3, 3), "depthwise": drawn(8, 1, 3, 3)}
+    check({name: integers_of(program(*one, **tensors)) for name, one in steps.items()})
+
+
+def test_a_converted_network_with_depthwise_kernels_gives_the_same_bits() -> None:
+    import transformers
+
+    config = transformers.MobileNetV1Config(num_labels=3, depth_multiplier=0.25)
+    module = foreign.stirred(transformers.MobileNetV1ForImageClassification(config))
+    network = adapt(NetworkConfig(name="foreign.py:make", share="all"), Input(33, 33), CLASSES, module)
+    check({"MobileNetV1": integers_of(lower(network))}, flags=("-O1",))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_plan_gives_the_same_bits(seed: int) -> None:
+    for programs, cc, _ in tasks(BATCH, seed, turn=seed):
+        check({name: integers_of(one) for name, one in programs.items()}, cc, ("-O0", *SANITIZED[1:]))
+
+
+@pytest.mark.parametrize("target", MACHINES)
+def test_an_emulated_board_gives_the_bits_of_the_host(target: str, tmp_path: Path) -> None:
+    one = made("dacnn18", width=4, regulator="pointwise")
+    images = images_for(one)
+    write(to_c_int8(one, name="net"), tmp_path)
+    assert on_board(target, images, tmp_path) == integer_interpreter.run(one, images).tobytes()
+
+
+@pytest.mark.parametrize("target", MACHINES)
+def test_flash_is_int8_kernels_and_little_code_and_ram_is_what_the_header_says(target: str) -> None:
+    tool("arm-none-eabi-gcc")
+    one = made("dacnn14", width=32)
+    files = to_c_int8(one, name="net")
+    size = footprint(files, target)  # type: ignore[arg-type]
+    stored = one.kernel_bytes + one.layer_bytes
+    assert stored < size.flash_bytes < 1.1 * stored + 24 * 1024
+    # context, image and logits; a few bytes are the linker's, to align
+    stated = files.portable_workspace_bytes + 4 + 32 * 32 * 3 + 4 * len(CLASSES)
+    assert stated <= size.ram_bytes <= stated + 16
+
+
+def test_kernels_take_a_quarter_and_a_layer_six_bytes_a_channel() -> None:
+    flat = lower(network_of("dacnn14", CLASSES, width=16))
+    one = integers_of(flat)
+    kernels = sum(tensor.size for tensor in flat.tensors.values() if tensor.ndim > 1)
+    channels = sum(len(step.store.m) for step in one.steps if isinstance(step, Sum))
+    calls = translate_integers(one)
+    stored = sum(values.nbytes for kind, values in calls.arrays.values() if kind == "int8_t")
+    # three colours are filled up to four, and vectors are read over the end
+    assert stored <= kernels + 9 * 16 + SLACK * len(calls.arrays)
+    assert sum(part.nbytes for part in (*calls.factors, *calls.addends)) == 6 * channels
+
+
+def test_an_export_in_int8_tells_how_far_it_is_from_the_network(tmp_path: Path) -> None:
+    network = network_of("dacnn7", CLASSES, width=8)
+    images = torch.from_numpy(images_for(lower(network)))
+    done = dacnn.export(network, "c", tmp_path / "net.c", dtype="int8", calibration=images, build=True, images=images)
+    assert 1e-5 < done.parity.max_error < 0.2
+    logits = dacnn.runtime.load(tmp_path / "net.so")(images.numpy())
+    np.testing.assert_array_equal(logits, dacnn.runtime.load(tmp_path / "net.so", "portable")(images.numpy()))
+    # ranges that were learnt need no images
+    network.ranges = calibrate(lower(network), images)
+    again = dacnn.export(network, "c", tmp_path / "net.c", dtype="int8", images=images)
+    assert again.parity == done.parity
+
+
+def test_what_int8_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+    network = network_of("dacnn3", CLASSES, width=4)
+    images = torch.from_numpy(images_for(lower(network)))
+    cases: list[tuple[type[Exception], str, str, dict[str, Any]]] = [
+        (DeployError, "has no ranges of its values", "c", {}),
+        (DeployError, "expected 1 or more uint8 images of 32 x 32 x 3", "c", {"calibration": images[:0]}),
+        (DeployError, "expected 1 or more uint8 images of 32 x 32 x 3", "c", {"calibration": images[:, 1:]}),
+        (ConfigError, "'onnx' is written in float32", "onnx", {"calibration": images}),
+        (ConfigError, "int8 chooses its convolutions itself", "c", {"calibration": images, "winograd": "off"}),
+        (ConfigError, "float32 has nothing to calibrate", "c", {"calibration": images, "dtype": "float32"}),
+    ]
+    for kind, said, to, settings in cases:
+        with pytest.raises(kind, match=said) as caught:
+            dacnn.export(network, to, tmp_path / "net.c", **({"dtype": "int8"} | settings))  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_that_gives_other_bits_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    network = network_of("dacnn3", CLASSES, width=4)
+    images = torch.from_numpy(images_for(lower(network)))
+    monkeypatch.setattr("dacnn.deploy.c.same_bits.IntegerRun", lambda program: lambda images: torch.zeros(len(images), 3))
+    with pytest.raises(DeployError, match="'portable' code gives other logits than the integers"):
+        dacnn.export(network, "c", tmp_path / "net.c", dtype="int8", calibration=images)
+    assert list(tmp_path.iterdir()) == []
