@@ -18,7 +18,7 @@ from dacnn.config import NetworkConfig
 from dacnn.deploy.c.build import write
 from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.source import CSource, Winograd, to_c
-from dacnn.deploy.integers import IntegerProgram
+from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.program import IMAGES, Add, Program, Step, operands
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Input

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dacnn.deploy.c import integer_arrays
-from dacnn.deploy.integer_kernels import combined, repeated
-from dacnn.deploy.integers import (
+from dacnn.deploy.integers.kernels import combined, repeated
+from dacnn.deploy.integers.program import (
     SIGMOID,
     CombinedIntegers,
     IntegerProgram,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dacnn.deploy.integers import (
+from dacnn.deploy.integers.program import (
     CombinedIntegers,
     IntegerKernel,
     IntegerProgram,

@@ -20,8 +20,9 @@ from dacnn.deploy.c.integer_arrays import SLACK
 from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.integer_translate import translate_integers
 from dacnn.deploy.c.target import footprint
-from dacnn.deploy.calibrate import calibrate
-from dacnn.deploy.integers import IntegerProgram, Sum
+from dacnn.deploy.integers.calibrate import calibrate
+from dacnn.deploy.integers.program import IntegerProgram, Sum
+from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import (
     Activate,
@@ -35,7 +36,6 @@ from dacnn.deploy.program import (
     Rotate,
     StoredKernel,
 )
-from dacnn.deploy.quantize import quantize
 from dacnn.errors import ConfigError, DeployError
 from dacnn.networks.factory import adapt
 from dacnn.networks.plan import Input

@@ -13,10 +13,11 @@ import foreign
 import integer_interpreter
 import interpreter
 from dacnn.config import NetworkConfig
-from dacnn.deploy.calibrate import calibrate
-from dacnn.deploy.fused import Fused, fused
-from dacnn.deploy.integer_run import IntegerRun
-from dacnn.deploy.integers import IntegerProgram, Sum
+from dacnn.deploy.integers.calibrate import calibrate
+from dacnn.deploy.integers.fused import Fused, fused
+from dacnn.deploy.integers.program import IntegerProgram, Sum
+from dacnn.deploy.integers.quantize import quantize
+from dacnn.deploy.integers.run import IntegerRun
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import (
     Activate,
@@ -31,7 +32,6 @@ from dacnn.deploy.program import (
     ScaleShift,
     Step,
 )
-from dacnn.deploy.quantize import quantize
 from dacnn.errors import DeployError
 from dacnn.networks.factory import adapt
 from dacnn.networks.network import Network, create

@@ -10,10 +10,10 @@ import torch
 
 import dacnn
 from dacnn.data.sources import load_test
-from dacnn.deploy.calibrate import calibrate
-from dacnn.deploy.integer_run import IntegerRun
+from dacnn.deploy.integers.calibrate import calibrate
+from dacnn.deploy.integers.quantize import quantize
+from dacnn.deploy.integers.run import IntegerRun
 from dacnn.deploy.lower import lower
-from dacnn.deploy.quantize import quantize
 from dacnn.errors import ConfigError, Interrupted
 from dacnn.networks.network import Network
 from dacnn.training.listener import Listener

@@ -17,13 +17,13 @@ from dacnn.deploy.c.files import Wanted, write_c
 from dacnn.deploy.c.same_bits import check_bits
 from dacnn.deploy.c.source import Winograd
 from dacnn.deploy.c.target import Footprint, Microcontroller
-from dacnn.deploy.calibrate import calibrate
-from dacnn.deploy.integers import IntegerProgram
+from dacnn.deploy.integers.calibrate import calibrate
+from dacnn.deploy.integers.program import IntegerProgram
+from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.parity import Parity, check, measure, noise_images, reference_logits
 from dacnn.deploy.pt2 import to_pt2
-from dacnn.deploy.quantize import quantize
 from dacnn.deploy.roll import roll
 from dacnn.errors import ConfigError, DeployError, UnknownNameError
 from dacnn.networks.classifier import Classifier

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dacnn.deploy.calibrate import calibrate
-from dacnn.deploy.floats import named, run
-from dacnn.deploy.fused import Fused, fused
+from dacnn.deploy.integers.calibrate import calibrate
+from dacnn.deploy.integers.floats import named, run
+from dacnn.deploy.integers.fused import Fused, fused
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import CombinedKernel, Convolve, KernelStep, Program, RepeatedKernel, ScaleShift
 from dacnn.errors import TrainingError

@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 import integer_interpreter
-from dacnn.deploy.calibrate import calibrate
-from dacnn.deploy.integers import IntegerProgram
+from dacnn.deploy.integers.calibrate import calibrate
+from dacnn.deploy.integers.program import IntegerProgram
+from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import (
     Activate,
@@ -24,7 +25,6 @@ from dacnn.deploy.program import (
     Step,
     StoredKernel,
 )
-from dacnn.deploy.quantize import quantize
 from dacnn.networks.network import create
 from int8_harness import Compiled, paths
 from onnx_programs import drawn, program, uint8_images

@@ -13,7 +13,7 @@ from dacnn.deploy.c.literals import identifier
 from dacnn.deploy.c.provenance import signed
 from dacnn.deploy.c.source import Winograd, to_c
 from dacnn.deploy.c.target import Footprint, Microcontroller, check_budget, footprint
-from dacnn.deploy.integers import IntegerProgram
+from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.parity import Parity
 from dacnn.deploy.program import Program
 from dacnn.errors import DeployError

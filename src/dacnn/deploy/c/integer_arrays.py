@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dacnn.deploy.integers import Int8
+from dacnn.deploy.integers.program import Int8
 from dacnn.deploy.program import Convolve
 
 # O output channels, I input channels, H rows, W columns

@@ -12,7 +12,7 @@ from dacnn.deploy.c.integer_translate import LOGITS, IntegerCall, IntegerCalls, 
 from dacnn.deploy.c.literals import identifier, integers, string
 from dacnn.deploy.c.memory import Memory, plan
 from dacnn.deploy.c.source import ABI, CSource, makefile_line, render
-from dacnn.deploy.integers import SIGMOID, IntegerProgram
+from dacnn.deploy.integers.program import SIGMOID, IntegerProgram
 from dacnn.deploy.program import IMAGES
 
 # offsets are counted in bytes; vectors are read over the end of a value by less than this

@@ -12,7 +12,7 @@ from dacnn.deploy.c.calls import Geometry
 from dacnn.deploy.c.integer_tables import Cell
 from dacnn.deploy.c.literals import counted
 from dacnn.deploy.c.memory import Use
-from dacnn.deploy.integers import CombinedIntegers, IntegerProgram, IntegerStep, Lookup, RepeatedIntegers, Store, Sum
+from dacnn.deploy.integers.program import CombinedIntegers, IntegerProgram, IntegerStep, Lookup, RepeatedIntegers, Store, Sum
 from dacnn.deploy.program import (
     IMAGES,
     AveragePool,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dacnn import __version__
 from dacnn.deploy.c.literals import comment
 from dacnn.deploy.c.source import CSource
-from dacnn.deploy.integers import IntegerProgram
+from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.parity import Parity
 from dacnn.deploy.program import Program
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dacnn.deploy import runtime
 from dacnn.deploy.c.integer_source import INTEGER_PATHS
-from dacnn.deploy.integer_run import IntegerRun
-from dacnn.deploy.integers import IntegerProgram
+from dacnn.deploy.integers.program import IntegerProgram
+from dacnn.deploy.integers.run import IntegerRun
 from dacnn.errors import ArtefactError, DeployError
 
 # N images, H rows, W columns, C channels

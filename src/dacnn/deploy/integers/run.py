@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dacnn.deploy.integer_kernels import whole_kernel
-from dacnn.deploy.integers import IntegerProgram, IntegerStep, Lookup, Store, Sum
+from dacnn.deploy.integers.kernels import whole_kernel
+from dacnn.deploy.integers.program import IntegerProgram, IntegerStep, Lookup, Store, Sum
 from dacnn.deploy.program import (
     IMAGES,
     AveragePool,

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dacnn.deploy.floats import run
-from dacnn.deploy.fused import Fused, fused
+from dacnn.deploy.integers.floats import run
+from dacnn.deploy.integers.fused import Fused, fused
 from dacnn.deploy.program import Activate, Program
 from dacnn.errors import DeployError
 from dacnn.quantization import best_range

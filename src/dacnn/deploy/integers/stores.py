@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dacnn.deploy.integers import Store
+from dacnn.deploy.integers.program import Store
 from dacnn.quantization import VALUE_LIMIT, Quantity, exponent
 
 # C channels

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dacnn.deploy.fused import Fused, values_of
+from dacnn.deploy.integers.fused import Fused, values_of
 from dacnn.deploy.program import (
     IMAGES,
     Activate,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dacnn.deploy.floats import named
-from dacnn.deploy.integers import (
+from dacnn.deploy.integers.floats import named
+from dacnn.deploy.integers.program import (
     SIGMOID,
     CombinedIntegers,
     Int8,

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dacnn.deploy.floats import ACTIVATIONS, named
-from dacnn.deploy.fused import Fused, Summing, fused, values_of
-from dacnn.deploy.integer_kernels import IntegerKernels, Read
-from dacnn.deploy.integers import IntegerProgram, IntegerStep, Lookup, Sum
+from dacnn.deploy.integers.floats import ACTIVATIONS, named
+from dacnn.deploy.integers.fused import Fused, Summing, fused, values_of
+from dacnn.deploy.integers.kernels import IntegerKernels, Read
+from dacnn.deploy.integers.program import IntegerProgram, IntegerStep, Lookup, Sum
+from dacnn.deploy.integers.stores import Affine, make_store, make_wide_store
 from dacnn.deploy.program import (
     IMAGES,
     Activate,
@@ -29,7 +30,6 @@ from dacnn.deploy.program import (
     ScaleShift,
 )
 from dacnn.deploy.shapes import shapes
-from dacnn.deploy.stores import Affine, make_store, make_wide_store
 from dacnn.errors import DeployError
 from dacnn.quantization import VALUE_LIMIT, Quantity, quantity
 

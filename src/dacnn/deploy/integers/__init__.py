@@ -1,0 +1,1 @@
+"""A Program in integers: calibrated, quantised, run."""
