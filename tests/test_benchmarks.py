@@ -41,6 +41,12 @@ def test_the_training_benchmark_compares_both_sides() -> None:
     assert table["speed_ratio"] > 0 and table["memory_ratio"] > 0 and table["input_share"] > 0
 
 
+def test_the_benchmark_of_convolutions_compares_both_sides() -> None:
+    layers = run("convolution.py", "--channels", "4", "128", "--sides", "8", "--rounds", "1")["layers"]
+    assert [layer["chosen"] for layer in layers] == [False, True]
+    assert all(layer["ratio"] > 0 for layer in layers)
+
+
 def test_the_benchmark_of_activation_memory_compares_both_sides() -> None:
     words = (
         "--network",

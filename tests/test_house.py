@@ -19,6 +19,7 @@ ORDER = [
     "config",
     "sharing.groups",
     "sharing.keeping",
+    "sharing.winograd",
     "sharing.segments",
     "sharing.remake",
     "sharing.anchors",

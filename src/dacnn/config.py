@@ -24,6 +24,7 @@ RegulatorPlace = Literal["before-norm", "after-norm"]
 Fit = Literal["crop", "stretch", "pad"]
 Precision = Literal["auto", "float32", "bfloat16"]
 MemoryFormat = Literal["auto", "channels_last", "contiguous"]
+Convolution = Literal["auto", "plain", "winograd"]
 Recompute = Literal["auto", "no", "activations", "segments"]
 
 
@@ -199,6 +200,9 @@ class TrainingConfig(Checked):
     seed: int = setting(0, "seed of weights, order and augmentation", low=0, high=2**31 - 1)
     precision: Precision = setting("auto", "auto, float32 or bfloat16")
     memory_format: MemoryFormat = setting("auto", "auto, channels_last or contiguous")
+    convolution: Convolution = setting(
+        "auto", "plain, or winograd for 3x3 kernels with many channels; auto: winograd on a CPU with AVX2 alone, in float32"
+    )
     device: Literal["auto", "cpu"] = setting("auto", "auto: a GPU where there is one; cpu")
     compile: Literal["auto", "yes", "no"] = setting("auto", "torch.compile the step; auto: on a GPU")
     recompute: Recompute = setting(

@@ -47,7 +47,7 @@ def _optional(kind: Any, *, without: frozenset[str] = frozenset()) -> list[tuple
 NetworkFlags = dataclasses.make_dataclass("NetworkFlags", _optional(NetworkConfig, without=frozenset({"name"})), frozen=True)
 DataFlags = dataclasses.make_dataclass("DataFlags", _optional(DataConfig, without=frozenset({"source"})), frozen=True)
 TrainingFlags = dataclasses.make_dataclass("TrainingFlags", _optional(TrainingConfig), frozen=True)
-_STEP = {"batch_size", "accumulate", "optimizer", "precision", "memory_format"}
+_STEP = {"batch_size", "accumulate", "optimizer", "precision", "memory_format", "convolution"}
 _NOT_OF_A_STEP = frozenset(item.name for item in dataclasses.fields(TrainingConfig)) - _STEP
 StepFlags = dataclasses.make_dataclass("StepFlags", _optional(TrainingConfig, without=_NOT_OF_A_STEP), frozen=True)
 for _flags in (NetworkFlags, DataFlags, TrainingFlags):

@@ -83,6 +83,12 @@ def test_it_follows_expressions_and_what_runs_again(scheme: Any, recompute: Any)
     assert ratio(planned("dacnn18", 8, **scheme), training) == pytest.approx(1, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("recompute", ["no", "activations", "segments"])
+def test_it_follows_convolutions_by_winograd(recompute: Any) -> None:
+    training = TrainingConfig(batch_size=8, precision="float32", threads=1, recompute=recompute, convolution="winograd")
+    assert ratio(planned("dacnn5", 64), training) == pytest.approx(1, abs=TOLERANCE)
+
+
 def test_parts_are_those_of_a_real_step() -> None:
     network = dacnn.create("dacnn14", share="none", width=64)
     weights = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))

@@ -2,8 +2,8 @@
 
 Convolutions are oneDNN's, which wants kernels (and, where they are not channels-last, images) in a blocked format of its
 own, and sums up a kernel's gradient in float32, in parts where several threads work on it; a few small ones are PyTorch's,
-which makes a matrix of the image. Found by reading the memory events of PyTorch 2.13 on x86-64 with AVX-512, operator by
-operator; left out is what stays below some kilobytes.
+which makes a matrix of the image. Found by reading the memory events of PyTorch 2.13 on x86-64, with AVX-512 and with
+AVX2 alone, operator by operator; left out is what stays below some kilobytes.
 """
 
 # N images, C input channels, O output channels, H rows, W columns
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 _ATEN = torch.ops.aten
-# channels of one block: the float32 lanes of a 512-bit register
-_BLOCK = 16
+# channels of one block: the float32 lanes of a register
+_BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 # values of a single image up to which PyTorch convolves it itself
 _SMALL_IMAGE = 20480
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from dacnn.config import RegulatorPlace
 from dacnn.sharing.remake import halve_by_max, norm_relu
+from dacnn.sharing.winograd import convolve
 
 # N images, C input channels, O output channels, H rows, W columns
 
@@ -37,7 +38,7 @@ class Reader(nn.Module):
         Returns:
             Shape (N, O, H, W), or (N, O, H // 2, W // 2).
         """
-        x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+        x = convolve(x, kernel)
         before, after = (self.regulator, None) if self.regulator_place == "before-norm" else (None, self.regulator)
         if before is not None:
             x = before(x)

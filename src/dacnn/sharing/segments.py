@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dacnn.errors import TrainingError
 from dacnn.sharing.keeping import Keeper, Kept, Whole, current_keeper, keeping
+from dacnn.sharing.winograd import by_winograd, is_by_winograd
 
 _Modules = Sequence[nn.Module]
 _Places = list[tuple[nn.Module, str, Tensor]]
@@ -147,7 +148,7 @@ class _Segment:
 
 
 class _Surroundings:
-    """What a run depends on beside its input and parameters: autocast, generators, buffers."""
+    """What a run depends on beside its input and parameters: autocast, how it convolves, generators, buffers."""
 
     def __init__(self, device: torch.device, modules: _Modules) -> None:
         self.device = device
@@ -155,6 +156,7 @@ class _Surroundings:
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in {device.type, "cpu"}
         ]
         self.autocast_caches = torch.is_autocast_cache_enabled()
+        self.by_winograd = is_by_winograd()
         self.generator = torch.get_rng_state()
         self.device_generator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         # by module and name, for a wrapper for several processes may put other tensors in the places of buffers
@@ -166,6 +168,7 @@ class _Surroundings:
         with contextlib.ExitStack() as stack:
             for kind, dtype, enabled in self.autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled, self.autocast_caches))
+            stack.enter_context(by_winograd(self.by_winograd))
             stack.enter_context(torch.random.fork_rng([self.device] if self.device_generator is not None else []))
             torch.set_rng_state(self.generator)
             if self.device_generator is not None:

@@ -25,6 +25,7 @@ from dacnn.networks.classifier import Classifier
 from dacnn.networks.network import Network
 from dacnn.networks.normalize import Normalize
 from dacnn.sharing.remake import remaking
+from dacnn.sharing.winograd import by_winograd
 from dacnn.training.evaluate import Evaluation, evaluate
 from dacnn.training.precision import Execution
 from dacnn.training.quantized import Quantized
@@ -203,7 +204,8 @@ class Loop:
         ):
             last = index == config.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.execution.autocast(), remaking(self.execution.recompute != "no"):
+                by = by_winograd(self.execution.convolution == "winograd")
+                with self.execution.autocast(), remaking(self.execution.recompute != "no"), by:
                     logits = self.model(self.prepare(x))
                 loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
                 self.accelerator.backward(loss / config.accumulate)

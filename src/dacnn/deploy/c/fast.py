@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dacnn.deploy.c.isa import ISAS, Isa
-from dacnn.deploy.c.winograd import LARGE_POINT, SMALL_POINT, TILES
+from dacnn.deploy.c.winograd import TILES
+from dacnn.sharing.winograd import LARGE_POINT, SMALL_POINT
 
 
 def fast_values(

@@ -10,12 +10,12 @@ Source:
 import numpy as np
 from numpy.typing import NDArray
 
+from dacnn.sharing.winograd import KERNEL_TO_POINTS
+
 # O output channels, I input channels
 
 Array = NDArray[np.float32]
 
-SMALL_POINT = 0.5**0.5
-LARGE_POINT = 2**0.5
 # tiles that are transformed at once: their values and sums stay in a second-level cache of 512 KiB at 128 channels
 TILES = 16
 _OUTPUTS = 32
@@ -30,16 +30,6 @@ _TRANSFORM = 500
 # a kernel of 16 MiB comes from beyond the caches; few tiles cannot pay for that
 _LARGE_FLOATS = 4 * 1024 * 1024
 _LARGE_TILES = 9
-
-# G: kernel to its values at the points, each divided by what the interpolation would divide by
-_KERNEL = np.array(
-    [
-        [1, 0, 0],
-        *([point**power * -2 / 3 for power in range(3)] for point in (SMALL_POINT, -SMALL_POINT)),
-        *([point**power / 6 for power in range(3)] for point in (LARGE_POINT, -LARGE_POINT)),
-        [0, 0, 1],
-    ]
-)
 
 
 def winograd_pays(in_c: int, out_c: int, out_h: int, out_w: int, *, computed: bool = False) -> bool:
@@ -73,7 +63,7 @@ def transformed(kernel: Array) -> Array:
         Shape (`transformed_floats`,): [block of 16 outputs][36 positions][I][16], the last block filled with zeros.
     """
     outputs, inputs = kernel.shape[:2]
-    values = np.einsum("ax,oixy,by->aboi", _KERNEL, kernel.astype(np.float64), _KERNEL)
+    values = np.einsum("ax,oixy,by->aboi", KERNEL_TO_POINTS, kernel.astype(np.float64), KERNEL_TO_POINTS)
     values = np.pad(values.reshape(_POSITIONS, outputs, inputs), ((0, 0), (0, -outputs % 16), (0, 0)))
     blocks = values.reshape(_POSITIONS, -1, 16, inputs).transpose(1, 0, 3, 2)
     return np.ascontiguousarray(blocks, dtype=np.float32).ravel()
