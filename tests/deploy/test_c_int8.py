@@ -1,5 +1,6 @@
 """Networks in int8 as C: every path gives the bits of the integer interpreter, under every compiler and sanitizer."""
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -82,6 +83,20 @@ def test_residuals_regulators_and_whole_blocks_give_the_same_bits(cc: str, flags
 @pytest.mark.parametrize("share", ["template", "repeat", "stage", "none"])
 def test_kernels_that_are_made_of_others_give_the_same_bits(share: str) -> None:
     check({share: made("dacnn5", width=16, share=share), f"narrow {share}": made("dacnn7", width=6, share=share)})
+
+
+@pytest.mark.parametrize(("weight", "by_winograd"), [(114, True), (127, False)])
+def test_the_largest_sums_give_the_same_bits(weight: int, by_winograd: bool) -> None:
+    """Winograd's products are counted modulo 2^32: up to 2^25 a sum is exact, and beyond that it is not asked."""
+    of = made("dacnn3", width=128)
+    tensors = {name: np.full_like(kernel, weight) for name, kernel in of.tensors.items() if kernel.shape[1:] == (128, 3, 3)}
+    for kernel in tensors.values():
+        # weights of channels for themselves stand apart
+        kernel[range(128), range(128), 1, 1] = 0
+    saturated = dataclasses.replace(of, tensors={**of.tensors, **tensors})
+    transformed = translate_integers(saturated).transformed
+    assert bool(transformed) is by_winograd
+    check({str(weight): saturated}, flags=("-O2",))
 
 
 def test_every_step_gives_the_same_bits() -> None:

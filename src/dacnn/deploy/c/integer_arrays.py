@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from dacnn.deploy.c.calls import Geometry
 from dacnn.deploy.integers.program import Int8
 from dacnn.deploy.program import Convolve
 
@@ -10,6 +11,9 @@ from dacnn.deploy.program import Convolve
 BLOCK = 16
 # a vector of 64 bytes may begin at the last step of a narrow block
 SLACK = 64
+_POSITIONS = 36
+# products that are saved, as a factor, from where on transforms cost less than that
+_SAVED = 1.5
 
 
 def is_depthwise(out_channels: int, inputs: int, groups: int) -> bool:
@@ -55,13 +59,20 @@ def blocked(kernel: Int8, groups: int) -> Int8:
     return np.concatenate(parts)
 
 
-def takes_winograd(step: Convolve, shape: tuple[int, ...]) -> bool:
-    """Whether AVX2 computes a convolution by Winograd's F(2x2,3x3), which is exact in int16 and int32.
+def takes_winograd(step: Convolve, kernel: Int8, sizes: Geometry, zero: int) -> bool:
+    """Whether AVX2 computes a convolution by Winograd's F(4x4,3x3): where it is exact, and faster.
 
     Args:
         step: The convolution.
-        shape: Of its kernel, (O, I, H, W).
+        kernel: Shape (O, I, 3, 3) where it may be.
+        sizes: Of its images.
+        zero: What stands for 0 in the values that it reads.
     """
-    plain = (step.stride, step.dilation, step.groups, shape[2:]) == ((1, 1), (1, 1), 1, (3, 3))
-    # sums of I products of a transformed weight, at most 9 * 127, and a transformed value, at most 4 * 255, stay in 31 bits
-    return plain and shape[0] % BLOCK == shape[1] % BLOCK == 0 and shape[1] * (9 * 127) * (4 * 255) < 2**31
+    outputs, inputs, *taps = kernel.shape
+    plain = (step.stride, step.dilation, step.groups, taps) == ((1, 1), (1, 1), 1, [3, 3])
+    if not plain or outputs % BLOCK or inputs % BLOCK:
+        return False
+    # 576 times the sums are found modulo 2^32, and 9 is divided out of that; what is left has 32 bits
+    largest = int(np.abs(kernel.astype(np.int64)).sum((1, 2, 3)).max()) * max(zero, 255 - zero)
+    tiles = -(-sizes.out_h // 4) * -(-sizes.out_w // 4)
+    return 64 * largest < 2**31 and 9 * sizes.out_h * sizes.out_w >= _SAVED * _POSITIONS * tiles

@@ -136,7 +136,7 @@ def _words(size: int) -> int:
 
 def _tile_bytes(inputs: int) -> int:
     """Of products, transformed pixels, and a pixel outside of the image."""
-    return _WINOGRAD_TILES * 16 * (2 * inputs + 64) + inputs
+    return _WINOGRAD_TILES * 36 * (2 * inputs + 64) + inputs
 
 
 def _padded_bytes(of: Geometry) -> int:

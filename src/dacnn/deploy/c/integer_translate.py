@@ -83,7 +83,7 @@ class TransformedKernel:
     @property
     def size(self) -> int:
         """Its numbers."""
-        return 16 * self.outputs * self.inputs
+        return 36 * self.outputs * self.inputs
 
 
 @dataclass
@@ -293,7 +293,7 @@ class _Translation:
                 own = self.program.tensors[kernel.own]
                 row["own"] = self.put(kernel.own, kind="int16_t", values=own, slack=integer_arrays.BLOCK)
             narrow = step.out not in self.wide
-            if narrow and isinstance(inner, Convolve) and integer_arrays.takes_winograd(inner, stored.shape):
+            if narrow and isinstance(inner, Convolve) and integer_arrays.takes_winograd(inner, stored, sizes, step.zero):
                 row["transformed"] = self.transformed(name, sizes)
         return sizes
 
