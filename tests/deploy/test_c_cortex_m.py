@@ -1,15 +1,16 @@
 """On microcontrollers: what a network takes is what is linked, and it gives there the bits of the host's plain code."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import dacnn
-from boards import MACHINES, SAME_ROUNDING, on_board
+from boards import BOARDS, SAME_ROUNDING, on_board
 from c_networks import compiled, executed, images_for, network_of, tool
 from dacnn.deploy.c.build import write
 from dacnn.deploy.c.source import to_c
-from dacnn.deploy.c.target import footprint
+from dacnn.deploy.c.target import Microcontroller, footprint
 from dacnn.deploy.lower import lower
 from dacnn.errors import DeployError
 from reference import one_thread  # noqa: F401  (a fixture)
@@ -17,24 +18,24 @@ from reference import one_thread  # noqa: F401  (a fixture)
 CLASSES = ("a", "b", "c")
 
 
-@pytest.mark.parametrize("target", MACHINES)
-def test_an_emulated_board_gives_the_bits_of_the_host(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("board", BOARDS)
+def test_an_emulated_board_gives_the_bits_of_the_host(board: str, tmp_path: Path) -> None:
     program = lower(network_of("dacnn18", CLASSES, width=4, regulator="pointwise"))
     images = images_for(program)
     write(to_c(program, name="net"), tmp_path)
-    found = on_board(target, images, tmp_path)
+    found = on_board(board, images, tmp_path)
     (tmp_path / "host").mkdir()
     host = compiled([program], tmp_path / "host", flags=("-O1", SAME_ROUNDING))
     (logits,) = executed([program], [images], host)
     assert found == logits["portable"].tobytes()
 
 
-@pytest.mark.parametrize("target", MACHINES)
-def test_flash_is_kernels_and_little_code_and_ram_is_what_the_header_says(target: str) -> None:
+@pytest.mark.parametrize("target", get_args(Microcontroller))
+def test_flash_is_kernels_and_little_code_and_ram_is_what_the_header_says(target: Microcontroller) -> None:
     tool("arm-none-eabi-gcc")
     program = lower(network_of("dacnn14", CLASSES, width=16))
     files = to_c(program, name="net")
-    size = footprint(files, target)  # type: ignore[arg-type]
+    size = footprint(files, target)
     assert program.stored_bytes < size.flash_bytes < 1.1 * program.stored_bytes + 24 * 1024
     # context, image and logits; a few bytes are the linker's, to align
     stated = files.portable_workspace_bytes + 4 + 32 * 32 * 3 + 4 * len(CLASSES)

@@ -4,7 +4,7 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,14 +13,14 @@ import torch
 import dacnn
 import foreign
 import integer_interpreter
-from boards import MACHINES, on_board
+from boards import BOARDS, on_board
 from c_networks import compiled, executed, images_for, network_of, side_by_side, tool
 from dacnn.config import NetworkConfig
 from dacnn.deploy.c.build import write
 from dacnn.deploy.c.integer_arrays import SLACK
 from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.integer_translate import translate_integers
-from dacnn.deploy.c.target import footprint
+from dacnn.deploy.c.target import Microcontroller, footprint
 from dacnn.deploy.integers.calibrate import calibrate
 from dacnn.deploy.integers.program import IntegerProgram, Sum
 from dacnn.deploy.integers.quantize import quantize
@@ -129,20 +129,27 @@ def test_any_plan_gives_the_same_bits(seed: int) -> None:
         check({name: integers_of(one) for name, one in programs.items()}, cc, ("-O0", *SANITIZED[1:]))
 
 
-@pytest.mark.parametrize("target", MACHINES)
-def test_an_emulated_board_gives_the_bits_of_the_host(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("board", BOARDS)
+def test_an_emulated_board_gives_the_bits_of_the_host(board: str, tmp_path: Path) -> None:
     one = made("dacnn18", width=4, regulator="pointwise")
     images = images_for(one)
     write(to_c_int8(one, name="net"), tmp_path)
-    assert on_board(target, images, tmp_path) == integer_interpreter.run(one, images).tobytes()
+    assert on_board(board, images, tmp_path) == integer_interpreter.run(one, images).tobytes()
 
 
-@pytest.mark.parametrize("target", MACHINES)
-def test_flash_is_int8_kernels_and_little_code_and_ram_is_what_the_header_says(target: str) -> None:
+def test_a_network_of_width_32_fits_into_a_board_of_128_kilobytes(tmp_path: Path) -> None:
+    one = made("dacnn14", width=32)
+    images = images_for(one)
+    write(to_c_int8(one, name="net"), tmp_path)
+    assert on_board("netduinoplus2", images, tmp_path) == integer_interpreter.run(one, images).tobytes()
+
+
+@pytest.mark.parametrize("target", get_args(Microcontroller))
+def test_flash_is_int8_kernels_and_little_code_and_ram_is_what_the_header_says(target: Microcontroller) -> None:
     tool("arm-none-eabi-gcc")
     one = made("dacnn14", width=32)
     files = to_c_int8(one, name="net")
-    size = footprint(files, target)  # type: ignore[arg-type]
+    size = footprint(files, target)
     stored = one.kernel_bytes + one.layer_bytes
     assert stored < size.flash_bytes < 1.1 * stored + 24 * 1024
     # context, image and logits; a few bytes are the linker's, to align
