@@ -90,6 +90,14 @@ def test_the_command_measures_both_sides_and_draws_them(
     assert (tmp_path / "bench.png").read_bytes().startswith(PNG)
 
 
+def test_int8_is_measured_beside_that_of_onnx_runtime(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(f"bench {weights} --only dacnn-c-int8 onnxruntime-int8 --rounds 1 --batch 1 --images 8 --json".split())
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["name"] for row in rows if row["side"] == "shared"] == ["dacnn-c-int8", "onnxruntime-int8"]
+    for row in rows:
+        assert row["failure"] is None and 0 < row["max_error"] < 0.5
+
+
 def test_what_is_missing_fails_or_dies_is_a_row_that_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 from dacnn.bench.contenders import Artefact, Loaded
 
 FILE = "network.onnx"
+# of noise; they tell as much of the time as real ones do
+CALIBRATION_IMAGES = 64
 
 
 def write(network: Any, folder: Path, largest_batch: int) -> None:
@@ -26,6 +28,30 @@ def write(network: Any, folder: Path, largest_batch: int) -> None:
         verbose=False,
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
+
+
+def write_int8(network: Any, folder: Path, largest_batch: int) -> None:
+    """Write the same in int8, as ONNX Runtime quantizes it: a scale for each output channel, uint8 between the nodes."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    from dacnn.deploy.parity import noise_images
+    from dacnn.networks.normalize import Normalize
+
+    class Noise(CalibrationDataReader):  # type: ignore[misc]
+        """Batches of images, one after the other."""
+
+        def __init__(self) -> None:
+            images = Normalize(network.input)(noise_images(network.input, CALIBRATION_IMAGES))
+            self.batches = iter(images.split(16))
+
+        def get_next(self) -> Any:
+            batch = next(self.batches, None)
+            return None if batch is None else {name: batch.numpy()}
+
+    write(network, folder, largest_batch)
+    name = onnx.load(folder / FILE).graph.input[0].name
+    quantize_static(folder / FILE, folder / FILE, Noise(), quant_format=QuantFormat.QDQ, per_channel=True)
 
 
 def _onnxruntime(artefact: Artefact, optimised: bool) -> Loaded:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from dacnn.bench.contenders import Artefact, Loaded
-from dacnn.bench.onnx_backends import FILE
+from dacnn.bench.onnx_backends import CALIBRATION_IMAGES, FILE
 from dacnn.bench.torch_backends import load_network
 from dacnn.deploy import runtime
 from dacnn.deploy.c.build import build
@@ -23,8 +23,6 @@ from dacnn.deploy.roll import roll
 from dacnn.networks.classifier import Classifier
 
 _PT2, _LIBRARY = "network.pt2", "network.so"
-# they tell as much of the time as real ones do
-_CALIBRATION_IMAGES = 64
 
 
 def write_onnx(network: Classifier, folder: Path, largest_batch: int) -> None:
@@ -80,7 +78,7 @@ def write_c(network: Classifier, folder: Path, largest_batch: int) -> None:
 
 def write_c_int8(network: Classifier, folder: Path, largest_batch: int) -> None:
     """Compile the network in int8; where it has not learnt the ranges of its values, they are found on images of noise."""
-    calibration = noise_images(network.input, _CALIBRATION_IMAGES) if network.ranges is None else None
+    calibration = noise_images(network.input, CALIBRATION_IMAGES) if network.ranges is None else None
     build(to_c_int8(integers_of(network, calibration), name="network"), folder / _LIBRARY)
 
 
