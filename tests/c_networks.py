@@ -14,11 +14,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import integer_interpreter
 from dacnn.config import NetworkConfig
 from dacnn.deploy.c.build import write
 from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.source import CSource, Winograd, to_c
+from dacnn.deploy.integers.calibrate import calibrate
 from dacnn.deploy.integers.program import IntegerProgram
+from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.program import IMAGES, Add, Program, Step, operands
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Input
@@ -149,3 +152,21 @@ def check(
         for path, logits in logits_by.items():
             error = np.abs(logits - expected).max() / np.abs(expected).max()
             assert error <= relative, f"{name}, {path}: {error:.1e}"
+
+
+def integers_of(program: Program) -> IntegerProgram:
+    """In int8, calibrated on noise."""
+    return quantize(program, calibrate(program, torch.from_numpy(images_for(program, 1))))
+
+
+def check_int8(programs: Mapping[str, IntegerProgram], cc: str = "gcc", flags: Sequence[str] = SANITIZED) -> None:
+    """Every path of every program gives the interpreter's bits."""
+    of = list(programs.values())
+    images = [images_for(one) for one in of]
+    with tempfile.TemporaryDirectory() as folder:
+        found = executed(of, images, compiled(of, Path(folder), cc, flags))
+    for name, one, part, logits_by in zip(programs, of, images, found, strict=True):
+        expected = integer_interpreter.run(one, part)
+        assert "portable" in logits_by
+        for path, logits in logits_by.items():
+            np.testing.assert_array_equal(logits, expected, err_msg=f"{name}, {path}")

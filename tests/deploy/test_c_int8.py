@@ -1,8 +1,6 @@
 """Networks in int8 as C: every path gives the bits of the integer interpreter, under every compiler and sanitizer."""
 
 import dataclasses
-import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +12,7 @@ import dacnn
 import foreign
 import integer_interpreter
 from boards import BOARDS, on_board
-from c_networks import compiled, executed, images_for, network_of, side_by_side, tool
+from c_networks import SANITIZED, check_int8, images_for, integers_of, network_of, side_by_side, tool
 from dacnn.config import NetworkConfig
 from dacnn.deploy.c.build import write
 from dacnn.deploy.c.integer_arrays import SLACK
@@ -23,7 +21,6 @@ from dacnn.deploy.c.integer_translate import translate_integers
 from dacnn.deploy.c.target import Microcontroller, footprint
 from dacnn.deploy.integers.calibrate import calibrate
 from dacnn.deploy.integers.program import IntegerProgram, Sum
-from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import (
     Activate,
@@ -33,7 +30,6 @@ from dacnn.deploy.program import (
     GlobalAverage,
     MaxPool,
     Multiply,
-    Program,
     Rotate,
     StoredKernel,
 )
@@ -46,43 +42,26 @@ from onnx_programs import drawn, program
 from reference import one_thread  # noqa: F401  (a fixture)
 
 CLASSES = ("a", "b", "c")
-SANITIZED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-
-
-def integers_of(flat: Program) -> IntegerProgram:
-    return quantize(flat, calibrate(flat, torch.from_numpy(images_for(flat, 1))))
 
 
 def made(name: str, **settings: Any) -> IntegerProgram:
     return integers_of(lower(network_of(name, CLASSES, **settings)))
 
 
-def check(programs: Mapping[str, IntegerProgram], cc: str = "gcc", flags: Sequence[str] = SANITIZED) -> None:
-    of = list(programs.values())
-    images = [images_for(one) for one in of]
-    with tempfile.TemporaryDirectory() as folder:
-        found = executed(of, images, compiled(of, Path(folder), cc, flags))
-    for name, one, part, logits_by in zip(programs, of, images, found, strict=True):
-        expected = integer_interpreter.run(one, part)
-        assert "portable" in logits_by
-        for path, logits in logits_by.items():
-            np.testing.assert_array_equal(logits, expected, err_msg=f"{name}, {path}")
-
-
 def test_every_network_of_the_zoo_gives_the_same_bits() -> None:
-    check({"zoo": integers_of(side_by_side(lower(network_of(name, CLASSES, width=4)) for name in DESIGNS))})
+    check_int8({"zoo": integers_of(side_by_side(lower(network_of(name, CLASSES, width=4)) for name in DESIGNS))})
 
 
 @pytest.mark.parametrize(
     ("cc", "flags"), [("gcc", ("-O2",)), ("clang", ("-O1",)), ("gcc", SANITIZED), ("gcc", ("-O1", "-Dnet0_PORTABLE"))]
 )
 def test_residuals_regulators_and_whole_blocks_give_the_same_bits(cc: str, flags: tuple[str, ...]) -> None:
-    check({"dacnn18": made("dacnn18", width=16, regulator="low-rank", regulator_rank=3)}, cc, flags)
+    check_int8({"dacnn18": made("dacnn18", width=16, regulator="low-rank", regulator_rank=3)}, cc, flags)
 
 
 @pytest.mark.parametrize("share", ["template", "repeat", "stage", "none"])
 def test_kernels_that_are_made_of_others_give_the_same_bits(share: str) -> None:
-    check({share: made("dacnn5", width=16, share=share), f"narrow {share}": made("dacnn7", width=6, share=share)})
+    check_int8({share: made("dacnn5", width=16, share=share), f"narrow {share}": made("dacnn7", width=6, share=share)})
 
 
 @pytest.mark.parametrize(("weight", "by_winograd"), [(114, True), (127, False)])
@@ -96,7 +75,7 @@ def test_the_largest_sums_give_the_same_bits(weight: int, by_winograd: bool) -> 
     saturated = dataclasses.replace(of, tensors={**of.tensors, **tensors})
     transformed = translate_integers(saturated).transformed
     assert bool(transformed) is by_winograd
-    check({str(weight): saturated}, flags=("-O2",))
+    check_int8({str(weight): saturated}, flags=("-O2",))
 
 
 def test_every_step_gives_the_same_bits() -> None:
@@ -111,7 +90,7 @@ def test_every_step_gives_the_same_bits() -> None:
         "doubled": (Add("y", "x", "x"),),
     }
     tensors = {"a": drawn(8, 8, 3, 3), "grouped": drawn(8, 4, 3, 3), "depthwise": drawn(8, 1, 3, 3)}
-    check({name: integers_of(program(*one, **tensors)) for name, one in steps.items()})
+    check_int8({name: integers_of(program(*one, **tensors)) for name, one in steps.items()})
 
 
 def test_a_converted_network_with_depthwise_kernels_gives_the_same_bits() -> None:
@@ -120,13 +99,13 @@ def test_a_converted_network_with_depthwise_kernels_gives_the_same_bits() -> Non
     config = transformers.MobileNetV1Config(num_labels=3, depth_multiplier=0.25)
     module = foreign.stirred(transformers.MobileNetV1ForImageClassification(config))
     network = adapt(NetworkConfig(name="foreign.py:make", share="all"), Input(33, 33), CLASSES, module)
-    check({"MobileNetV1": integers_of(lower(network))}, flags=("-O1",))
+    check_int8({"MobileNetV1": integers_of(lower(network))}, flags=("-O1",))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_plan_gives_the_same_bits(seed: int) -> None:
     for programs, cc, _ in tasks(BATCH, seed, turn=seed):
-        check({name: integers_of(one) for name, one in programs.items()}, cc, ("-O0", *SANITIZED[1:]))
+        check_int8({name: integers_of(one) for name, one in programs.items()}, cc)
 
 
 @pytest.mark.parametrize("board", BOARDS)
