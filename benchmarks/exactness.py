@@ -1,5 +1,7 @@
 """How far every back end is from a trained network: largest error against float64, first guesses, top-1.
 
+int8 is calibrated on train images, unless the network learnt its ranges.
+
 python benchmarks/exactness.py runs/cifar128 --data cifar10 --images 10000
 """
 
@@ -18,19 +20,23 @@ from torch import Tensor
 
 import dacnn
 from dacnn.data.sources import load_test
+from dacnn.deploy.c.build import build
+from dacnn.deploy.c.integer_source import to_c_int8
+from dacnn.deploy.c.source import to_c
+from dacnn.deploy.export import integers_of
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.parity import compare, reference_logits
 from dacnn.deploy.roll import roll
 from dacnn.training.precision import cpu_name
-from dacnn.training.run import data_of
+from dacnn.training.run import calibration_images, data_of
 
 BATCH = 100
 DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 Logits = NDArray[Any]
 
 
-def back_ends(network: dacnn.Network) -> Iterator[tuple[str, Callable[[Tensor], Logits]]]:
+def back_ends(network: dacnn.Network, calibration: Tensor | None) -> Iterator[tuple[str, Callable[[Tensor], Logits]]]:
     """Every way to run the network, by name, on uint8 images."""
     import onnxruntime
 
@@ -43,6 +49,11 @@ def back_ends(network: dacnn.Network) -> Iterator[tuple[str, Callable[[Tensor], 
             path.write_bytes(model.SerializeToString())
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             yield name, functools.partial(run_session, session)
+        rounded = to_c_int8(integers_of(network, calibration), name="net")
+        for name, source in (("C, float32", to_c(program, name="net")), ("C, int8", rounded)):
+            path = Path(folder) / f"{name[3:]}.so"
+            build(source, path)
+            yield name, functools.partial(run_compiled, dacnn.runtime.load(path))
     for dtype in DTYPES:
         yield f"pack, {dtype}", functools.partial(run_packed, dacnn.pack(program, dtype=dtype, device="cpu"))
 
@@ -52,15 +63,19 @@ def run_session(session: Any, images: Tensor) -> Logits:
     return logits
 
 
+def run_compiled(compiled: Callable[[Logits], Logits], images: Tensor) -> Logits:
+    return compiled(images.numpy())
+
+
 def run_packed(packed: Callable[[Tensor], Tensor], images: Tensor) -> Logits:
     return packed(images).numpy()
 
 
-def rows(network: dacnn.Network, images: Tensor, labels: Logits) -> Iterator[dict[str, Any]]:
+def rows(network: dacnn.Network, images: Tensor, labels: Logits, calibration: Tensor | None) -> Iterator[dict[str, Any]]:
     """The reference, and a row for every back end."""
     reference = reference_logits(network, images)
     yield {"back_end": "float64", "top1": float((reference.argmax(1) == labels).mean())}
-    for name, run in back_ends(network):
+    for name, run in back_ends(network, calibration):
         logits = np.concatenate([run(part) for part in torch.split(images, BATCH)]).astype(np.float64)
         changed = int((logits.argmax(1) != reference.argmax(1)).sum())
         top1 = float((logits.argmax(1) == labels).mean())
@@ -75,9 +90,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     network = dacnn.load(options.run)
+    calibration, _ = calibration_images(options.run, network, options.data)
     found = load_test(data_of(options.run, options.data), network.input, network.classes)
     chosen = torch.arange(min(options.images, len(found)))
-    table = list(rows(network, found.gather(chosen), found.labels[chosen].numpy()))
+    table = list(rows(network, found.gather(chosen), found.labels[chosen].numpy(), calibration))
     if options.json:
         print(json.dumps({"rows": table, "cpu": cpu_name()}, indent=2))
         return
