@@ -404,6 +404,8 @@ def test_a_description_names_every_kernel(small: Program) -> None:
         ({"device": "nowhere"}, "device is 'nowhere': expected 'cpu' or 'cuda'"),
         ({"device": "meta"}, "device is 'meta': expected 'cpu' or 'cuda'"),
         ({"engine": "fortran"}, "engine is 'fortran': expected pytorch, c or auto"),
+        ({"engine": "c", "winograd": "on"}, "winograd is 'on': expected init, file or off"),
+        ({"winograd": "off"}, "winograd is 'off', but engine is 'pytorch', which has none: use 'c' or 'auto'"),
     ],
 )
 def test_settings_that_there_are_not_are_refused(small: Program, settings: dict[str, Any], says: str) -> None:
@@ -443,8 +445,9 @@ def test_expressions_are_evaluated_when_they_are_read_and_not_kept() -> None:
 # ---------------------------------------------------------------- compiled C
 
 
-def test_compiled_c_gives_what_the_program_says_and_pytorch_what_it_does_not_take(small: Program) -> None:
-    ready = dacnn.pack(small, engine="c", device="cpu")
+@pytest.mark.parametrize("winograd", [None, "init", "off"])
+def test_compiled_c_gives_what_the_program_says_and_pytorch_what_it_does_not_take(small: Program, winograd: Any) -> None:
+    ready = dacnn.pack(small, engine="c", device="cpu", winograd=winograd)
     images = images_of(5, 32, 32)
     assert error_of(ready(images), small, images) < TOLERANCE
     assert "compiled C" in ready.describe() and "pack" not in ready.describe()
@@ -454,9 +457,18 @@ def test_compiled_c_gives_what_the_program_says_and_pytorch_what_it_does_not_tak
     assert "1 pack" in ready.describe()
 
 
+def test_compiled_c_without_winograd_holds_each_kernel_as_it_is_stored() -> None:
+    program = lower(dacnn.create("dacnn5", width=64).eval())
+    bytes_of = {way: dacnn.pack(program, engine="c", device="cpu", winograd=way).nbytes for way in ("file", "off")}  # type: ignore[arg-type]
+    kernel = 64 * 64 * 9 * 4
+    assert program.stored_bytes < bytes_of["off"] < program.stored_bytes + kernel
+    # 36 numbers beside every nine
+    assert bytes_of["file"] > bytes_of["off"] + 3 * kernel
+
+
 def test_the_faster_way_is_taken(small: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = compiled(small)
-    monkeypatch.setattr(packed, "compiled", lambda program: library)
+    library = compiled(small, "file")
+    monkeypatch.setattr(packed, "compiled", lambda program, winograd: library)
     for seconds, way in (([1.0, 2.0], "compiled C"), ([2.0, 1.0], "steps")):
         monkeypatch.setattr(packed, "seconds_of", lambda *calls, seconds=seconds: seconds)
         assert way in dacnn.pack(small, engine="auto", device="cpu").describe().splitlines()[1]

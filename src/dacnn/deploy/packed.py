@@ -1,11 +1,14 @@
 """`pack`: a network as a PyTorch callable for servers, each kernel packed once and read by all its layers."""
 
+import ctypes
+import sys
 import threading
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from dacnn.deploy.c.source import Winograd
 from dacnn.deploy.lower import lower
 from dacnn.deploy.packing.compiled import Library, compiled, seconds_of
 from dacnn.deploy.packing.steps import Steps, outline
@@ -45,6 +48,7 @@ class Packed:
         self._program = program if library else None
         self._steps = None if library else Steps(program, device, dtype)
         self._lock = threading.Lock()
+        _give_back_freed_memory()
 
     @property
     def steps(self) -> Steps:
@@ -53,6 +57,7 @@ class Packed:
             if self._steps is None:
                 assert self._program is not None
                 self._steps, self._program = Steps(self._program, self.device, self.dtype), None
+                _give_back_freed_memory()
             return self._steps
 
     @property
@@ -133,6 +138,7 @@ def pack(
     dtype: Literal["auto", "float32", "bfloat16"] = "float32",
     device: str | None = None,
     engine: Engine = "pytorch",
+    winograd: Winograd | None = None,
 ) -> Packed:
     """Make a network ready to serve: kernels packed once, for all layers that read them.
 
@@ -147,12 +153,15 @@ def pack(
         engine: `pytorch`: oneDNN through PyTorch, ready in milliseconds. `c`: C in float32, compiled now, which takes seconds
             and a C compiler, for uint8 images of the network's size; others go through PyTorch. `auto`: the faster of both,
             in a short trial on one image, whatever `dtype` is; PyTorch where C cannot be had.
+        winograd: Of C. None is `file`: 3x3 kernels stand transformed in its library, four times as large, and processes share
+            them; `init`: they are transformed at the start, in memory of this process; `off`: a third of the memory, and two
+            or three times the time.
 
     Returns:
         The callable.
 
     Raises:
-        ConfigError: No such dtype, device or engine.
+        ConfigError: No such dtype, device, engine or way of Winograd's convolution, or one that does not go with another.
         DeployError: The network cannot be lowered, the program has loops, or C was asked for and there is no compiler.
 
     Example:
@@ -166,18 +175,29 @@ def pack(
     place = _device(device)
     if engine == "c" and place.type != "cpu":
         raise ConfigError(f"engine is 'c', but device is '{place.type}': expected 'cpu'")
+    if winograd not in (None, *get_args(Winograd)):
+        raise ConfigError(f"winograd is '{winograd}': expected init, file or off")
+    if winograd is not None and engine == "pytorch":
+        raise ConfigError(f"winograd is '{winograd}', but engine is 'pytorch', which has none: use 'c' or 'auto'")
     chosen, reason = _format(dtype, place)
     program = network if isinstance(network, Program) else lower(network)
     if engine == "c":
-        return Packed(program, place, torch.float32, "float32", compiled(program))
+        return Packed(program, place, torch.float32, "float32", compiled(program, winograd or "file"))
     packed = Packed(program, place, chosen, reason)
-    return _faster(packed, program) if engine == "auto" and place.type == "cpu" else packed
+    return _faster(packed, program, winograd or "file") if engine == "auto" and place.type == "cpu" else packed
 
 
-def _faster(packed: Packed, program: Program) -> Packed:
+def _give_back_freed_memory() -> None:
+    """Ask the C library for it, where it can: it would keep what packing needed for a moment, which is more than what stays."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _faster(packed: Packed, program: Program, winograd: Winograd) -> Packed:
     """What is packed already, or compiled C where that takes less time for an image."""
     try:
-        in_c = Packed(program, packed.device, torch.float32, "float32", compiled(program))
+        in_c = Packed(program, packed.device, torch.float32, "float32", compiled(program, winograd))
     except DeployError:
         return packed
     of = program.input

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dacnn.deploy import runtime
 from dacnn.deploy.c.build import build
-from dacnn.deploy.c.source import to_c
+from dacnn.deploy.c.source import Winograd, to_c
 from dacnn.deploy.program import Program
 
 # N images, H rows, W columns, C channels, K classes
@@ -45,11 +45,12 @@ class Library:
         return torch.from_numpy(self.network(images.numpy(), torch.get_num_threads()))
 
 
-def compiled(program: Program) -> Library:
+def compiled(program: Program, winograd: Winograd) -> Library:
     """Compile a flat program, which takes seconds, and load it.
 
     Args:
         program: The program.
+        winograd: Where the kernels of Winograd's convolution come from.
 
     Returns:
         The library; its file is gone again.
@@ -59,8 +60,7 @@ def compiled(program: Program) -> Library:
     """
     with tempfile.TemporaryDirectory(prefix="dacnn-") as folder:
         file = Path(folder) / "network.so"
-        # in the file, transformed kernels are mapped: processes share them, and they are no private memory
-        build(to_c(program, name="network", winograd="file"), file)
+        build(to_c(program, name="network", winograd=winograd), file)
         return Library(runtime.load(file), file.stat().st_size)
 
 

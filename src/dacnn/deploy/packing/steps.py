@@ -1,8 +1,6 @@
 """The steps of a Program in PyTorch, one after the other, on kernels that are held once."""
 
-import ctypes
 import dataclasses
-import sys
 
 import numpy as np
 import torch
@@ -51,7 +49,6 @@ class Steps:
         if onednn.layouts_known() != known:
             # the first of its architecture: the code is generated that the first images would wait for
             self(torch.zeros(1, of.height, of.width, of.channels, dtype=torch.uint8, device=device))
-        _give_back_freed_memory()
 
     def _pack_for(self, images: tuple[int, int, int, int]) -> None:
         """Pack every kernel as images, N x H x W x C, want it: before there are activations, between which packs would lie."""
@@ -111,13 +108,6 @@ def outline(program: Program) -> Program:
     """
     empty = {name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in program.tensors.items()}
     return dataclasses.replace(program, tensors=empty)
-
-
-def _give_back_freed_memory() -> None:
-    """Ask the C library for it, where it can: it would keep what packing needed for a moment, which is more than what stays."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _hold(program: Program, device: torch.device, dtype: torch.dtype) -> Held:
