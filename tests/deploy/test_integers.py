@@ -13,8 +13,8 @@ import foreign
 import integer_interpreter
 import interpreter
 from dacnn.config import NetworkConfig
+from dacnn.deploy.fusion import Stored, summed
 from dacnn.deploy.integers.calibrate import calibrate
-from dacnn.deploy.integers.fused import Fused, fused
 from dacnn.deploy.integers.program import IntegerProgram, Sum
 from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.integers.run import IntegerRun
@@ -123,9 +123,9 @@ def test_every_step_has_an_integer_form(steps: tuple[Step, ...]) -> None:
 
 
 def test_a_sum_takes_along_all_that_follows() -> None:
-    steps = [step for step in fused(lower(network("dacnn18"))) if isinstance(step, Fused) and isinstance(step.step, Convolve)]
+    steps = [step for step in summed(lower(network("dacnn18"))) if isinstance(step, Stored) and isinstance(step.step, Convolve)]
     assert [step.low for step in steps] == [0.0] * len(steps)
-    assert sum(step.residual is not None for step in steps) == 8
+    assert sum(step.added is not None for step in steps) == 8
 
 
 def test_six_bytes_a_channel_and_layer_and_a_quarter_of_the_kernels() -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dacnn.deploy.fusion import Stored, summed
 from dacnn.deploy.integers.calibrate import calibrate
 from dacnn.deploy.integers.floats import named, run
-from dacnn.deploy.integers.fused import Fused, fused
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import CombinedKernel, Convolve, KernelStep, Program, RepeatedKernel, ScaleShift
 from dacnn.errors import TrainingError
@@ -47,8 +47,8 @@ class Quantized(nn.Module):
         super().__init__()
         self.network = network
         program = lower(network)
-        self._steps, self._result, self._input = fused(program), program.result, program.input
-        self._ranged = {step.out for step in self._steps if isinstance(step, Fused) or hasattr(step, "kind")}
+        self._steps, self._result, self._input = summed(program), program.result, program.input
+        self._ranged = {step.out for step in self._steps if isinstance(step, Stored) or hasattr(step, "kind")}
         self._ranged.discard(self._result)
         self._constants = {name: torch.from_numpy(tensor) for name, tensor in program.tensors.items()}
         self._live = self._find_live(program)

@@ -10,7 +10,7 @@ from dacnn.deploy.c import arrays
 from dacnn.deploy.c.calls import Call, Calls, Geometry
 from dacnn.deploy.c.literals import counted
 from dacnn.deploy.c.winograd import winograd_pays
-from dacnn.deploy.fusion import Stored, tasks
+from dacnn.deploy.fusion import Stored, tasks, values_of
 from dacnn.deploy.program import (
     IMAGES,
     Activate,
@@ -101,20 +101,22 @@ class _Translation:
     # ------------------------------------------------------------ steps with kernels
 
     def stored(self, stored: Stored) -> None:
-        geometry = self.convolution(stored.step)
-        kernel = self.kernel(stored.step, geometry)
+        step = stored.step
+        assert isinstance(step, KernelStep), "only steps with a kernel take others along"
+        geometry = self.convolution(step)
+        kernel = self.kernel(step, geometry)
         scale, shift = (stored.affine.scale, stored.affine.shift) if stored.affine else (None, None)
         self.row(
             "convolve",
             geometry,
             stored.out,
-            (stored.step.x, *((stored.added,) if stored.added else ())),
+            values_of(stored),
             kernel=kernel,
             scale=self.tensor(scale),
             shift=self.tensor(shift),
             relu=stored.relu,
             pool=stored.pool,
-            winograd=self.by_winograd(stored.step, geometry, kernel),
+            winograd=self.by_winograd(step, geometry, kernel),
         )
 
     def by_winograd(self, step: KernelStep, of: Geometry, kernel: str | None) -> bool:

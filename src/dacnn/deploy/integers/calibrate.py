@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dacnn.deploy.fusion import Stored, summed
 from dacnn.deploy.integers.floats import run
-from dacnn.deploy.integers.fused import Fused, fused
 from dacnn.deploy.program import Activate, Program
 from dacnn.errors import DeployError
 from dacnn.quantization import best_range
@@ -35,8 +35,8 @@ def calibrate(program: Program, images: Tensor) -> dict[str, tuple[float, float]
         DeployError: There are no images, or they are of another size; or the program has loops.
     """
     check_images(program, images)
-    steps = fused(program)
-    ranged = {step.out for step in steps if isinstance(step, Fused | Activate)}
+    steps = summed(program)
+    ranged = {step.out for step in steps if isinstance(step, Stored | Activate)}
     tensors = {name: torch.from_numpy(tensor) for name, tensor in program.tensors.items()}
     generator = torch.Generator().manual_seed(0)
     samples: dict[str, list[Tensor]] = {name: [] for name in ranged}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dacnn.deploy.integers.fused import Fused, values_of
+from dacnn.deploy.fusion import Stored, values_of
 from dacnn.deploy.program import (
     IMAGES,
     Activate,
@@ -49,7 +49,7 @@ See = Callable[[str, Tensor], Tensor]
 
 
 def run(
-    steps: Sequence[Fused | Operation],
+    steps: Sequence[Stored | Operation],
     result: str,
     images: Tensor,
     input: Input,
@@ -59,7 +59,7 @@ def run(
     """Run a program.
 
     Args:
-        steps: From `fused`.
+        steps: From `summed`.
         result: Name of the logits.
         images: uint8, shape (N, H, W, C), or normalised floats, shape (N, C, H, W).
         input: What the images are.
@@ -81,13 +81,13 @@ def run(
     return values[result]
 
 
-def _give(step: Fused | Operation, taken: list[Tensor], input: Input, tensors: Tensors) -> Tensor:
-    if not isinstance(step, Fused):
+def _give(step: Stored | Operation, taken: list[Tensor], input: Input, tensors: Tensors) -> Tensor:
+    if not isinstance(step, Stored):
         return _operation(step, taken, input, tensors)
     y = _operation(step.step, taken, input, tensors)
     if step.affine is not None:
         y = _scale_shift(step.affine, y, tensors)
-    if step.residual is not None:
+    if step.added is not None:
         y = y + taken[-1]
     if step.low == 0 and math.isinf(step.high):
         return F.relu(y)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dacnn.deploy.integers.fused import Summing
+from dacnn.deploy.fusion import Summing
 from dacnn.deploy.program import Flatten, MaxPool, Rotate
 from dacnn.networks.plan import Input
 from dacnn.quantization import Quantity

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dacnn.deploy.fusion import Stored, Summing, summed, values_of
 from dacnn.deploy.integers.floats import ACTIVATIONS, named
-from dacnn.deploy.integers.fused import Fused, Summing, fused, values_of
 from dacnn.deploy.integers.kernels import IntegerKernels, Read
 from dacnn.deploy.integers.program import IntegerProgram, IntegerStep, Lookup, Sum
 from dacnn.deploy.integers.stores import Affine, make_store, make_wide_store
@@ -58,7 +58,7 @@ def quantize(program: Program, ranges: Mapping[str, tuple[float, float]]) -> Int
 class _Quantization:
     def __init__(self, program: Program, ranges: Mapping[str, tuple[float, float]]) -> None:
         self.program, self.ranges = program, ranges
-        self.steps = fused(program)
+        self.steps = summed(program)
         self.shapes = shapes(program)
         self.kernels = IntegerKernels(program)
         self.quantities = {IMAGES: Quantity(1.0, 0)}
@@ -71,9 +71,9 @@ class _Quantization:
         logit, tensors = self.quantities[result], self.kernels.tensors
         return IntegerProgram(of.name, of.input, of.classes, steps, result, logit, tensors, found)
 
-    def _step(self, step: Fused | Operation) -> IntegerStep:
+    def _step(self, step: Stored | Operation) -> IntegerStep:
         match step:
-            case Fused():
+            case Stored():
                 return self._sum(step)
             case Activate():
                 return self._lookup(step)
@@ -97,11 +97,11 @@ class _Quantization:
         table = np.clip(np.rint(y / behind.scale) + behind.zero, 0, VALUE_LIMIT).astype(np.uint8)
         return Lookup(step.out, step.x, table)
 
-    def _sum(self, step: Fused) -> Sum:
+    def _sum(self, step: Stored) -> Sum:
         inner, x = step.step, self.quantities[step.step.x]
         read = self.kernels.read(inner) if isinstance(inner, KernelStep) else None
         other = self.quantities[inner.y] if isinstance(inner, Multiply) else None
-        residual = inner.y if isinstance(inner, Add) else step.residual
+        residual = inner.y if isinstance(inner, Add) else step.added
         unit = np.full(1, x.scale) if read is None else x.scale * read.scales
         if other is not None:
             unit = unit * other.scale
@@ -141,7 +141,7 @@ class _Quantization:
             )
         return VALUE_LIMIT * weights
 
-    def _affine(self, step: Fused) -> tuple[Floats, Floats]:
+    def _affine(self, step: Stored) -> tuple[Floats, Floats]:
         """What the sums are multiplied by, and what is added; shapes (C,) or (1,)."""
         if isinstance(step.step, Normalize):
             mean, std = np.array(self.program.input.mean), np.array(self.program.input.std)
@@ -155,7 +155,7 @@ class _Quantization:
         return np.ones(1) if scale is None else scale, np.zeros(1) if shift is None else shift
 
 
-def _wide(steps: Sequence[Fused | Operation], result: str) -> set[str]:
+def _wide(steps: Sequence[Stored | Operation], result: str) -> set[str]:
     """Names of the values that are stored in int32: the logits, and what they are before they are reshaped."""
     made = {step.out: step for step in steps}
     names = {result}
@@ -166,4 +166,4 @@ def _wide(steps: Sequence[Fused | Operation], result: str) -> set[str]:
     readers = Counter(name for one in steps for name in values_of(one))
     # who else reads them wants eight bits
     alone = all(readers[name] == (name != result) for name in names)
-    return names if isinstance(step, Fused) and alone else set()
+    return names if isinstance(step, Stored) and alone else set()

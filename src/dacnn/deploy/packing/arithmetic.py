@@ -138,9 +138,10 @@ def call_of(task: Task, held: Held, tensors: Tensors, input: Input) -> tuple[Cal
     """
     step = task.step
     if isinstance(step, Stored):
-        if isinstance(step.step, Linear):
-            return _linear(step, held, tensors)
-        return _convolution(step, step.step, held, tensors)
+        if isinstance(step.step, Convolve):
+            return _convolution(step, step.step, held, tensors)
+        assert isinstance(step.step, Linear), "only steps with a kernel take others along"
+        return _linear(step, step.step, held, tensors)
     if isinstance(step, ScaleShift):
         return _scale_shift(*_terms(*_factors(step, tensors), held.device), task.owned)
     if isinstance(step, Normalize):
@@ -202,8 +203,8 @@ def _convolution(stored: Stored, step: Convolve, held: Held, tensors: Tensors) -
     return lambda x: convolution(padded(x)), [one for one in (factor, bias) if one is not None]
 
 
-def _linear(stored: Stored, held: Held, tensors: Tensors) -> tuple[Call, list[Tensor]]:
-    kernel = stored.step.kernel
+def _linear(stored: Stored, step: Linear, held: Held, tensors: Tensors) -> tuple[Call, list[Tensor]]:
+    kernel = step.kernel
     scale, shift = _terms(*_factors(stored.affine, tensors), held.device)
 
     def call(x: Tensor) -> Tensor:
