@@ -3,7 +3,7 @@
 import ctypes
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from dacnn.errors import ArtefactError, ShapeError
 _ABI = 1
 # of a cache line and of the widest vectors, in bytes
 _ALIGN = 64
+# how often a thread comes back for more images of a batch: few enough that asking for them costs nothing
+_TURNS = 4
 
 _INIT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)
 _PATH = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)
@@ -84,7 +86,7 @@ class Compiled:
 
         Args:
             images: uint8, shape (N, H, W, C), or (H, W, C) for one.
-            threads: How many to use; the images are divided among them.
+            threads: How many to use; each takes the next few images as soon as it has done its last.
 
         Returns:
             Shape (N, K); (1, K) for one image.
@@ -96,15 +98,16 @@ class Compiled:
         if threads < 1:
             raise ShapeError(f"threads is {threads}: expected 1 or more")
         logits = np.empty((len(batch), len(self.classes)), np.float32)
-        parts = [part for part in np.array_split(np.arange(len(batch)), threads) if len(part)]
-        spans = [(int(part[0]), int(part[-1]) + 1) for part in parts]
-        if len(spans) < 2:
-            for span in spans:
-                self._run(batch, logits, *span)
+        threads = min(threads, len(batch))
+        if threads < 2:
+            self._run(batch, logits, iter([(0, len(batch))]))
             return logits
-        with ThreadPoolExecutor(len(spans) - 1) as pool:
-            others = [pool.submit(self._run, batch, logits, *span) for span in spans[1:]]
-            self._run(batch, logits, *spans[0])
+        # a core that has other work as well, or is a slower one, takes fewer of them
+        step = -(-len(batch) // (threads * _TURNS))
+        spans = iter([(first, first + step) for first in range(0, len(batch), step)])
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(self._run, batch, logits, spans) for _ in range(threads - 1)]
+            self._run(batch, logits, spans)
             for other in others:
                 other.result()
         return logits
@@ -119,14 +122,16 @@ class Compiled:
             )
         return np.ascontiguousarray(batch)
 
-    def _run(self, batch: NDArray[np.uint8], logits: NDArray[np.float32], first: int, end: int) -> None:
-        """Images `first` to `end`; other Python threads run meanwhile."""
+    def _run(self, batch: NDArray[np.uint8], logits: NDArray[np.float32], spans: Iterator[tuple[int, int]]) -> None:
+        """Images from first to end, of each span that no other thread has taken; other Python threads run meanwhile."""
         try:
             workspace = self._free.pop()
         except IndexError:
             workspace = _aligned(self.workspace_bytes)
-        places = (self._context, workspace, batch[first:end], logits[first:end])
-        self._of.run(*(array.ctypes.data for array in places), end - first)
+        for first, end in spans:
+            images, results = batch[first:end], logits[first:end]
+            places = (self._context, workspace, images, results)
+            self._of.run(*(array.ctypes.data for array in places), len(images))
         self._free.append(workspace)
 
 
