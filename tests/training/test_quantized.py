@@ -14,7 +14,7 @@ from dacnn.deploy.integers.calibrate import calibrate
 from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.integers.run import IntegerRun
 from dacnn.deploy.lower import lower
-from dacnn.errors import ConfigError, Interrupted
+from dacnn.errors import CheckpointError, ConfigError, Interrupted
 from dacnn.networks.network import Network
 from dacnn.training.listener import Listener
 from dacnn.training.quantized import Quantized
@@ -109,6 +109,14 @@ def test_integers_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="name that run with --weights"):
         dacnn.train("dacnn3", data="digits", quantize="int8", out=tmp_path / "drawn")
     assert not (tmp_path / "drawn").exists()
+
+
+def test_weights_that_are_none_are_refused_before_images_are_read(tmp_path: Path) -> None:
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    for name, says in (("nowhere", "no such file"), ("text.safetensors", "not a readable .safetensors file")):
+        with pytest.raises(CheckpointError, match=says):
+            dacnn.train("dacnn3", data=str(tmp_path / "no-images"), weights=str(tmp_path / name), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_another_network_are_refused(floats: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from dacnn.checkpoint import load, stored_once, weights_path
+from dacnn.checkpoint import load, load_tensors, stored_once, weights_path
 from dacnn.config import Config, NetworkConfig, TrainingConfig, read_config
 from dacnn.data.sources import Splits, load_data
 from dacnn.errors import CheckpointError, ConfigError, Interrupted, TrainingError
@@ -208,6 +208,9 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
     state = run.state()
     foreign = plan is None and _is_foreign(config.network.name)
     execution = _execution(config.training, accelerator, foreign, state[1]["execution"] if state else {})
+    if config.training.weights is not None:
+        # what holds none is refused before the images are read
+        load_tensors(weights_path(Path(config.training.weights)))
     splits = load_data(config.data, progress=listener.loading)
     listener.log(execution.describe())
     network = _network(plan, module, config, splits)
