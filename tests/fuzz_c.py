@@ -10,9 +10,10 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import get_args
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import TypeVar, get_args
 
 import hypothesis
 import hypothesis.strategies as st
@@ -26,6 +27,9 @@ from dacnn.errors import PlanError
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Layer, Plan
 from reference import plans, randomise
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # programs of one executable
 BATCH = 5
@@ -93,6 +97,17 @@ def tasks(count: int, seed: int, turn: int = 0) -> Iterator[tuple[dict[str, Prog
         yield programs, COMPILERS[turn % len(COMPILERS)], kinds[turn // len(COMPILERS) % len(kinds)]
 
 
+def in_turn(pool: Executor, call: Callable[[T], R], tasks: Iterable[T], ahead: int) -> Iterator[R]:
+    """Results in the order of the tasks, of which so many are begun ahead: drawn later, they take no memory yet."""
+    waiting: deque[Future[R]] = deque()
+    for task in tasks:
+        waiting.append(pool.submit(call, task))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    for one in waiting:
+        yield one.result()
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="plans")
@@ -115,7 +130,7 @@ def main(words: list[str] | None = None) -> int:
         return len(programs), ""
 
     with ThreadPoolExecutor(of.jobs) as pool:
-        for number, said in pool.map(one, tasks(of.count, of.seed)):
+        for number, said in in_turn(pool, one, tasks(of.count, of.seed), of.jobs):
             done += number
             findings += bool(said)
             if said:
