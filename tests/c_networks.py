@@ -34,6 +34,7 @@ STRICT = ("-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror")
 # unoptimised: most of the time goes into compiling, and what optimisers do is for the tests of the fast code
 SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 PATHS = ("portable", "vector", "avx2", "avx512", "vnni")
+ARM64 = "aarch64-linux-gnu-gcc"
 COUNT = 2
 # of the largest logit: random deep plans err by 1e-4 in float32 itself, and Winograd's convolution by a few times that
 TOLERANCE = 1e-3
@@ -54,6 +55,11 @@ def tool(name: str) -> str:
             pytest.fail(said)
         pytest.skip(said)
     return found
+
+
+def command_of(binary: Path, cc: str) -> tuple[str, ...]:
+    """How to run what a compiler made; for other processors than this one, emulated."""
+    return (tool("qemu-aarch64"), str(binary)) if cc == ARM64 else (str(binary),)
 
 
 def files_of(program: Program | IntegerProgram, name: str, winograd: Winograd = "init") -> CSource:
@@ -79,11 +85,11 @@ def compiled(
 
 
 def executed(
-    programs: Sequence[Program | IntegerProgram], images: Sequence[NDArray[np.uint8]], binary: Path
+    programs: Sequence[Program | IntegerProgram], images: Sequence[NDArray[np.uint8]], command: Sequence[str]
 ) -> list[dict[str, NDArray[np.float32]]]:
     """For each program the logits by each path that this processor has."""
     stdin = b"".join(part.tobytes() for part in images)
-    done = subprocess.run([binary], input=stdin, capture_output=True, check=False)
+    done = subprocess.run(command, input=stdin, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[:4000]
     rest, found = done.stdout, []
     for program in programs:
@@ -145,7 +151,7 @@ def check(
     of = list(programs.values())
     images = [images_for(program) for program in of]
     with tempfile.TemporaryDirectory() as folder:
-        found = executed(of, images, compiled(of, Path(folder), cc, flags, winograd))
+        found = executed(of, images, command_of(compiled(of, Path(folder), cc, flags, winograd), cc))
     for name, program, part, logits_by in zip(programs, of, images, found, strict=True):
         expected = run(program, part)
         assert "portable" in logits_by if paths is None else paths == tuple(logits_by)
@@ -159,14 +165,19 @@ def integers_of(program: Program) -> IntegerProgram:
     return quantize(program, calibrate(program, torch.from_numpy(images_for(program, 1))))
 
 
-def check_int8(programs: Mapping[str, IntegerProgram], cc: str = "gcc", flags: Sequence[str] = SANITIZED) -> None:
-    """Every path of every program gives the interpreter's bits."""
+def check_int8(
+    programs: Mapping[str, IntegerProgram],
+    cc: str = "gcc",
+    flags: Sequence[str] = SANITIZED,
+    paths: tuple[str, ...] | None = None,
+) -> None:
+    """Every path of every program gives the interpreter's bits; `paths` are those that there must be, None: the plain one."""
     of = list(programs.values())
     images = [images_for(one) for one in of]
     with tempfile.TemporaryDirectory() as folder:
-        found = executed(of, images, compiled(of, Path(folder), cc, flags))
+        found = executed(of, images, command_of(compiled(of, Path(folder), cc, flags), cc))
     for name, one, part, logits_by in zip(programs, of, images, found, strict=True):
         expected = integer_interpreter.run(one, part)
-        assert "portable" in logits_by
+        assert "portable" in logits_by if paths is None else paths == tuple(logits_by)
         for path, logits in logits_by.items():
             np.testing.assert_array_equal(logits, expected, err_msg=f"{name}, {path}")

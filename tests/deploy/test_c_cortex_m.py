@@ -26,7 +26,7 @@ def test_an_emulated_board_gives_the_bits_of_the_host(board: str, tmp_path: Path
     found = on_board(board, images, tmp_path)
     (tmp_path / "host").mkdir()
     host = compiled([program], tmp_path / "host", flags=("-O1", SAME_ROUNDING))
-    (logits,) = executed([program], [images], host)
+    (logits,) = executed([program], [images], [str(host)])
     assert found == logits["portable"].tobytes()
 
 
