@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -191,3 +192,18 @@ def stirred(module: nn.Module, seed: int = 1) -> nn.Module:
 def tensors_of(output: Any) -> list[Tensor]:
     """Every tensor that a module gave."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+class SamePadding(nn.Module):
+    """Pads as TensorFlow does, by what its images' size leaves over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 8, 3, stride=2)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (max((-(-side // 2) - 1) * 2 + 3 - side, 0) for side in x.shape[2:])
+        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        y: Tensor = self.head(F.adaptive_avg_pool2d(self.convolution(x).relu(), 1).flatten(1))
+        return y

@@ -279,6 +279,7 @@ def test_bad_input_is_one_clear_line(
         ("eval {run} --into absent.py:make", "absent.py:make: no such file"),
         ("eval {run} --into dacnn14", "dacnn14: no such file: expected FILE.py:factory"),
         ("eval {run} --into {file}:chain --share all", "is a trained network: it takes no --share"),
+        ("eval {run} --into {file}:chain --size 64", "is a trained network: it takes no --size"),
         ("show {run} --into {file}:chain --regulator-rank 3", "is a trained network: it takes no --regulator-rank"),
         ("show {run} --into {file}:chain --png plan.png", "has no plan to draw"),
         ("eval {zoo} --into {file}:chain", "holds a whole network: leave out the module"),

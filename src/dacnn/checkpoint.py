@@ -48,6 +48,9 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: The folder cannot be written.
     """
+    if path.is_dir():
+        # before anything else is written: files that belong together are replaced all or none
+        raise CheckpointError(f"{path}: cannot be written: it is a folder: expected the name of a file")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)

@@ -50,7 +50,10 @@ TrainingFlags = dataclasses.make_dataclass("TrainingFlags", _optional(TrainingCo
 _STEP = {"batch_size", "accumulate", "optimizer", "precision", "memory_format", "convolution"}
 _NOT_OF_A_STEP = frozenset(item.name for item in dataclasses.fields(TrainingConfig)) - _STEP
 StepFlags = dataclasses.make_dataclass("StepFlags", _optional(TrainingConfig, without=_NOT_OF_A_STEP), frozen=True)
-for _flags in (NetworkFlags, DataFlags, TrainingFlags):
+# what a network that is trained leaves open: the images' size, channels and fit are its own
+_OF_TRAINING = frozenset({"source", "size", "channels", "fit", "validation"})
+TestFlags = dataclasses.make_dataclass("TestFlags", _optional(DataConfig, without=_OF_TRAINING), frozen=True)
+for _flags in (NetworkFlags, DataFlags, TrainingFlags, TestFlags):
     # the heading of the group in --help, instead of the generated signature
     _flags.__doc__ = "Over the recipe's values."
 StepFlags.__doc__ = "Of the training whose memory is told."
@@ -79,16 +82,17 @@ def settings_of(*flags: object) -> dict[str, Any]:
     return {name: value for name, value in pairs if value is not None}
 
 
-def refuse_settings(trained: str, flags: object) -> None:
-    """Refuse flags that would change a network that is trained already.
+def refuse_settings(trained: str, *flags: object) -> None:
+    """Refuse flags that would change a network that is trained already, or its images.
 
     Args:
         trained: Its name, for the message.
-        flags: A group of flags.
+        *flags: Groups of flags.
 
     Raises:
         ConfigError: One of them was given.
     """
-    given = ", ".join("--" + name.replace("_", "-") for name in settings_of(flags))
+    left_open = {item.name for item in dataclasses.fields(TestFlags)}
+    given = ", ".join("--" + name.replace("_", "-") for name in settings_of(*flags) if name not in left_open)
     if given:
         raise ConfigError(f"{trained} is a trained network: it takes no {given}")

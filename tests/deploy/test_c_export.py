@@ -86,6 +86,15 @@ def test_a_file_that_computes_something_else_is_not_written(
     assert (tmp_path / "net.h").read_text() == "what stood there"
 
 
+def test_where_one_file_cannot_stand_none_is_replaced(network: Network, tmp_path: Path) -> None:
+    (tmp_path / "net.h").mkdir()
+    (tmp_path / "net_example.c").write_text("what stood there")
+    with pytest.raises(CheckpointError, match=r"net\.h: cannot be written: it is a folder"):
+        dacnn.export(network, "c", tmp_path / "net.c", build=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"net.h", "net_example.c"}
+    assert (tmp_path / "net_example.c").read_text() == "what stood there"
+
+
 def test_without_a_compiler_nothing_is_written(network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -119,7 +128,9 @@ def test_what_cannot_be_is_refused(network: Network, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="unknown microcontroller 'cortex-m5'"):
         dacnn.export(network, "c", tmp_path / "net.c", target="cortex-m5")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="ram_budget is given, but not of what"):
-        dacnn.export(network, "c", tmp_path / "net.c", ram_budget=1000)
+        dacnn.export(network, "c", tmp_path / "net.c", winograd="init", ram_budget=1000)
+    with pytest.raises(ConfigError, match="flash_budget is '0', but 'onnx' is not compiled"):
+        dacnn.export(network, "onnx", tmp_path / "net.c", flash_budget=0)
     with pytest.raises(ConfigError, match="the C code takes uint8 images"):
         dacnn.export(network, "c", tmp_path / "net.c", float_input=True)
     with pytest.raises(DeployError, match=r"net\.cpp: a source of C is called NAME\.c: call it net\.c"):

@@ -34,6 +34,7 @@ from dacnn.deploy.program import (
     StoredKernel,
 )
 from dacnn.errors import ConfigError, DeployError
+from dacnn.networks.adapted import Adapted
 from dacnn.networks.factory import adapt
 from dacnn.networks.plan import Input
 from dacnn.networks.zoo import DESIGNS
@@ -186,3 +187,32 @@ def test_code_that_gives_other_bits_is_not_written(monkeypatch: pytest.MonkeyPat
     with pytest.raises(DeployError, match="'portable' code gives other logits than the integers"):
         dacnn.export(network, "c", tmp_path / "net.c", dtype="int8", calibration=images)
     assert list(tmp_path.iterdir()) == []
+
+
+class Flattened(torch.nn.Module):
+    """Reads several flattened pixels beside features of other origin, or by kernels that are made while running."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.convolution = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.features = torch.nn.Linear(128, 128)
+        self.head = torch.nn.Linear(128, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.convolution(x).relu().flatten(1)
+        if self.kind == "residual":
+            x = (x + self.features(x)).relu()
+        elif self.kind == "gated":
+            x = x * torch.sigmoid(self.features(x))
+        elif self.kind == "affine":
+            x = x * 0.5 + 0.25
+        y: torch.Tensor = self.head(x)
+        return y
+
+
+@pytest.mark.parametrize("kind", ["plain", "affine", "residual", "gated"])
+def test_flattened_pixels_are_features_in_their_order(kind: str) -> None:
+    torch.manual_seed(0)
+    network = Adapted(Flattened(kind), Input(8, 8), CLASSES)
+    check_int8({kind: integers_of(lower(network))}, "gcc", ("-O1",))

@@ -75,6 +75,12 @@ def test_no_name_that_is_given_is_one_that_the_file_has_already(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
 
 
+def test_memory_that_no_int_counts_is_refused() -> None:
+    large = dataclasses.replace(TINY, input=dataclasses.replace(TINY.input, height=2**13, width=2**13))
+    with pytest.raises(DeployError, match="the workspace has .* bytes: expected fewer than 2,147,483,648"):
+        to_c(large, name="net")
+
+
 def test_each_kernel_is_in_the_file_once() -> None:
     steps = [Convolve(f"r{index + 1}", f"r{index}", StoredKernel("k"), padding=(1, 1, 1, 1)) for index in range(5)]
     first = dataclasses.replace(steps[0], x="x")
@@ -94,6 +100,7 @@ def test_the_file_says_where_it_comes_from() -> None:
         head = text[: text.index("*/")]
         assert "tiny, written by dacnn" in head and weights_hash(TINY.tensors) in head
         assert "checked on 5 images" in head and "2.0e-07" in head and "100.00%" in head
+        assert f"12 x 10 x 3, those of another size fitted to it by '{TINY.input.fit}'" in head and f"mean {TINY.input.mean[0]:.6g} " in head
 
 
 def test_the_hash_is_that_of_names_shapes_and_numbers() -> None:

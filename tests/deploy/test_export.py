@@ -153,6 +153,10 @@ def test_the_file_tells_what_goes_in_and_comes_out(network: Network, tmp_path: P
     told = json.loads(entry.value)
     assert entry.key == "dacnn" and tuple(told["classes"]) == network.classes
     assert told["input"] == {**dataclasses.asdict(network.input), "mean": [0.5] * 3, "std": [0.25] * 3}
+    dacnn.export(network, "pt2", tmp_path / "net.pt2")
+    extra = {"dacnn.json": ""}
+    torch.export.load(tmp_path / "net.pt2", extra_files=extra)
+    assert json.loads(extra["dacnn.json"]) == {name: value for name, value in told.items() if name != "name"}
 
 
 def test_an_error_is_measured_against_the_largest_logit() -> None:
@@ -176,3 +180,15 @@ def test_another_first_guess_is_explained_only_by_a_margin_below_twice_the_error
 def test_logits_that_are_no_numbers_or_of_another_shape_are_an_error(broken: np.ndarray) -> None:
     with pytest.raises(DeployError, match="does not compute"):
         check(compare(broken, np.ones((2, 2))), "it")
+
+
+def test_a_network_stays_as_it_is(tmp_path: Path) -> None:
+    network = dacnn.create("dacnn3", width=8).double()
+    dacnn.export(network, "onnx", tmp_path / "net.onnx", float_input=True)
+    assert {tensor.dtype for tensor in network.normalize.buffers()} == {torch.float64}
+
+
+def test_no_images_to_compare_on_are_refused(network: Network, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="images has none in it"):
+        dacnn.export(network, "onnx", tmp_path / "net.onnx", images=torch.zeros(0, 32, 32, 3, dtype=torch.uint8))
+    assert list(tmp_path.iterdir()) == []

@@ -665,3 +665,20 @@ def test_a_module_that_keeps_what_it_computed_keeps_what_it_had() -> None:
     network = network_of(forward)
     lower(network)
     assert not hasattr(network.module, "last")
+
+
+def test_a_program_says_whether_it_holds_for_other_sizes() -> None:
+    of = Input(32, 32)
+    assert lower(create("dacnn3", width=8)).any_size
+    averaged = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    assert lower(Adapted(averaged, of, tuple("abcd"))).any_size
+    own = lower(Adapted(foreign.SamePadding(), of, tuple("abcd")))
+    assert not own.any_size and "no other size" in str(own)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(value: float) -> None:
+    network = create("dacnn3", width=8)
+    next(network.parameters()).data.flatten()[0] = value
+    with pytest.raises(DeployError, match="has values that are no numbers"):
+        lower(network)

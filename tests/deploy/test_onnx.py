@@ -1,5 +1,6 @@
 """Every operation of a program, written as ONNX, gives in ONNX Runtime what the interpreter gives."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -155,6 +156,12 @@ def test_a_program_that_flattens_pixels_takes_images_of_its_size_only() -> None:
         (images,) = model.graph.input
         assert [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim] == ["N", 12, 10, 3]
     check(flattened, sizes=((1, 12, 10), (3, 12, 10)))
+
+
+def test_a_program_that_holds_for_one_size_takes_images_of_its_size_only() -> None:
+    for model in models(dataclasses.replace(TINY, any_size=False), float_input=False):
+        (images,) = model.graph.input
+        assert [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim] == ["N", 12, 10, 3]
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import dacnn
+import foreign
 from dacnn.deploy import packed
 from dacnn.deploy.lower import lower
 from dacnn.deploy.packing import arithmetic, onednn
@@ -41,6 +42,7 @@ from dacnn.deploy.program import (
     StoredKernel,
 )
 from dacnn.errors import ConfigError, DeployError, ShapeError
+from dacnn.networks.adapted import Adapted
 from dacnn.networks.plan import Input
 from dacnn.networks.zoo import DESIGNS
 from interpreter import run
@@ -405,6 +407,7 @@ def test_a_description_names_every_kernel(small: Program) -> None:
         ({"device": "meta"}, "device is 'meta': expected 'cpu' or 'cuda'"),
         ({"engine": "fortran"}, "engine is 'fortran': expected pytorch, c or auto"),
         ({"engine": "c", "winograd": "on"}, "winograd is 'on': expected init, file or off"),
+        ({"engine": "c", "device": "cpu", "dtype": "bfloat16"}, "engine is 'c', which computes in float32"),
         ({"winograd": "off"}, "winograd is 'off', but engine is 'pytorch', which has none: use 'c' or 'auto'"),
     ],
 )
@@ -440,6 +443,14 @@ def test_expressions_are_evaluated_when_they_are_read_and_not_kept() -> None:
     kernels = sum(kernel.nbytes for kernel in ready.steps.held.packed.values())
     assert ready.nbytes - kernels < bank + 1024
     assert arithmetic.Held.kernel(ready.steps.held, CombinedKernel("bank", "c")).shape == (CHANNELS, CHANNELS, 3, 3)
+
+
+def test_a_network_that_computes_from_the_size_takes_its_own_alone() -> None:
+    network = Adapted(foreign.SamePadding(), Input(32, 32), tuple("abcd")).eval()
+    ready = dacnn.pack(network, device="cpu")
+    assert ready(images_of(2, 32, 32)).shape == (2, 4)
+    with pytest.raises(ShapeError, match="images are 33x32, but 'SamePadding' computes from their size how it pads or pools"):
+        ready(images_of(2, 33, 32))
 
 
 # ---------------------------------------------------------------- compiled C
@@ -484,3 +495,9 @@ def test_without_a_compiler_c_is_refused_and_auto_is_pytorch(small: Program, mon
     with pytest.raises(DeployError, match="no C compiler: looked for no-such-compiler"):
         dacnn.pack(small, engine="c", device="cpu")
     assert "compiled C" not in dacnn.pack(small, engine="auto", device="cpu").describe()
+    # says that all went well, and writes nothing
+    monkeypatch.setenv("CC", "true")
+    assert "compiled C" not in dacnn.pack(small, engine="auto", device="cpu").describe()
+    monkeypatch.setenv("CC", "'gcc")
+    with pytest.raises(DeployError, match="which is no command"):
+        dacnn.pack(small, engine="c", device="cpu")

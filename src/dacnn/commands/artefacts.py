@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from dacnn.flags import DataFlags, Into, Json, RunPath, Source, settings_of, word
+from dacnn.flags import Into, Json, RunPath, Source, TestFlags, settings_of, word
 
 
 def export(
@@ -47,7 +47,7 @@ def export(
     data: Source = None,
     into: Into = None,
     json: Json = False,
-    data_settings: OmitArgPrefixes[DataFlags] = DataFlags(),  # type: ignore[valid-type]  # noqa: B008
+    data_settings: OmitArgPrefixes[TestFlags] = TestFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> None:
     """Write a trained network for another runtime, each kernel once, and compare what that computes with the network.
 
@@ -79,7 +79,13 @@ def export(
     calibration, ranges = None, None
     if dtype == "int8" and to == "c":
         with bar("calibrating") as tick:
-            calibration, ranges = calibration_images(run, network, calibrate, lambda what, done, total: tick(done, total))
+            calibration, ranges = calibration_images(
+                run,
+                network,
+                calibrate,
+                progress=lambda what, done, total: tick(done, total),
+                **settings_of(data_settings),
+            )
     done = export_network(
         network,
         to,

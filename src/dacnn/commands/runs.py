@@ -18,6 +18,7 @@ from dacnn.flags import (
     NetworkName,
     RunPath,
     Source,
+    TestFlags,
     TrainingFlags,
     refuse_settings,
     settings_of,
@@ -117,7 +118,7 @@ def eval(
         splits = load_data(config)
         network = adapt(NetworkConfig(str(run), **settings_of(network_settings)), splits.input, splits.classes).eval()
     else:
-        refuse_settings(str(run), network_settings)
+        refuse_settings(str(run), network_settings, data_settings)
         network = load(run, into)
         config = data_of(run, data, **settings_of(data_settings))
     network = network.to(best_device())
@@ -197,7 +198,7 @@ def fold(
     ] = None,
     data: Source = None,
     json: Json = False,
-    data_settings: OmitArgPrefixes[DataFlags] = DataFlags(),  # type: ignore[valid-type]  # noqa: B008
+    data_settings: OmitArgPrefixes[TestFlags] = TestFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> None:
     """Let layers of a template network that have become alike read one kernel; measure what that costs.
 

@@ -1,5 +1,6 @@
 """A trained network as a file that other runtimes load, each kernel in it once, checked before it takes its place."""
 
+import copy
 import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -128,6 +129,8 @@ def export(
     _check_dtype(to, dtype, calibration, wanted)
     path = Path(out)
     images = noise_images(network.input, _NOISE) if images is None else images
+    if len(images) == 0:
+        raise ConfigError("images has none in it: expected some to compare on, or None for noise")
     reference = reference_logits(network, images)
     stored = sum(tensor.nbytes for tensor in stored_once(network.state_dict()).values())
 
@@ -152,7 +155,7 @@ def export(
         return Exported(to, path, path.stat().st_size, stored, done.parity, done.others, *sizes)
     with replacing(path) as beside:
         run = _WRITERS[to](network, beside, float_input, form or "small")
-        normalize = network.normalize.to("cpu")
+        normalize = copy.deepcopy(network.normalize).to("cpu", torch.float32)
         parity = compared(lambda part: run(normalize(part).contiguous() if float_input else part))
         file_bytes = beside.stat().st_size
     return Exported(to, path, file_bytes, stored, parity)
@@ -205,13 +208,14 @@ def _check(to: Target, float_input: bool, form: Form | None, wanted: Wanted) -> 
             raise UnknownNameError(kind, word, get_args(names))
     if form is not None and to != "onnx-loop":
         raise ConfigError(f"form is '{form}', but '{to}' has no forms: leave it out, or export to 'onnx-loop'")
-    given = [item.name for item in fields(Wanted) if getattr(wanted, item.name) not in (None, False)]
+    given = [item.name for item in fields(Wanted) if not any(getattr(wanted, item.name) is no for no in (None, False))]
     if given and to != "c":
         raise ConfigError(
             f"{given[0]} is '{getattr(wanted, given[0])}', but '{to}' is not compiled: leave it out, or export to 'c'"
         )
-    if (wanted.flash_budget or wanted.ram_budget) and wanted.target is None:
-        raise ConfigError(f"{given[0]} is given, but not of what: name the microcontroller as target")
+    budgets = [name for name in given if name.endswith("_budget")]
+    if budgets and wanted.target is None:
+        raise ConfigError(f"{budgets[0]} is given, but not of what: name the microcontroller as target")
     if float_input and to == "c":
         raise ConfigError("input is 'float', but the C code takes uint8 images: leave it out")
 

@@ -14,7 +14,7 @@ from dacnn.deploy.packing.compiled import Library, compiled, seconds_of
 from dacnn.deploy.packing.steps import Steps, outline
 from dacnn.deploy.program import Program
 from dacnn.deploy.shapes import shapes
-from dacnn.errors import ConfigError, DeployError, ShapeError
+from dacnn.errors import ArtefactError, ConfigError, DeployError, ShapeError
 from dacnn.networks.classifier import Classifier
 from dacnn.training.precision import best_device, cpu_name, has_bfloat16_units
 
@@ -108,6 +108,12 @@ class Packed:
 
     def _check_size(self, count: int, rows: int, columns: int) -> None:
         """Refuse images of a size that the steps cannot take."""
+        of = self._outline.input
+        if not self._outline.any_size and (rows, columns) != (of.height, of.width):
+            raise ShapeError(
+                f"images are {rows}x{columns}, but '{self._outline.name}' computes from their size how it pads or pools, "
+                f"and was packed for {of.height}x{of.width}: resize them, or pack the network adapted to that size"
+            )
         try:
             shapes(self._outline, count, rows, columns)
         except DeployError as error:
@@ -175,6 +181,8 @@ def pack(
     place = _device(device)
     if engine == "c" and place.type != "cpu":
         raise ConfigError(f"engine is 'c', but device is '{place.type}': expected 'cpu'")
+    if engine == "c" and dtype == "bfloat16":
+        raise ConfigError("dtype is 'bfloat16', but engine is 'c', which computes in float32: leave one of them out")
     if winograd not in (None, *get_args(Winograd)):
         raise ConfigError(f"winograd is '{winograd}': expected init, file or off")
     if winograd is not None and engine == "pytorch":
@@ -198,7 +206,8 @@ def _faster(packed: Packed, program: Program, winograd: Winograd) -> Packed:
     """What is packed already, or compiled C where that takes less time for an image."""
     try:
         in_c = Packed(program, packed.device, torch.float32, "float32", compiled(program, winograd))
-    except DeployError:
+    except (DeployError, ArtefactError, OSError):
+        # no compiler, or one for another processor, or no folder from which a library may be loaded
         return packed
     of = program.input
     image = torch.zeros(1, of.height, of.width, of.channels, dtype=torch.uint8)

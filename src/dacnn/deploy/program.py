@@ -9,6 +9,7 @@ that go from one turn to the next are carried. What only some turns do stands in
 """
 
 import dataclasses
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -348,6 +349,8 @@ class Program:
         steps: What is done, beginning with `Normalize` of the value `images`.
         result: Name of the value that holds the logits, N x K.
         tensors: What the steps name, float32, each stored once.
+        any_size: Whether the steps hold for images of other sizes too, as far as they take them; a foreign network may have
+            computed from the size how it pads and pools.
     """
 
     name: str
@@ -356,6 +359,7 @@ class Program:
     steps: tuple[Step, ...]
     result: str
     tensors: Tensors
+    any_size: bool = True
 
     def operations(self) -> Iterator[Operation]:
         """Every operation, those in loops and branches once."""
@@ -374,10 +378,26 @@ class Program:
     def __str__(self) -> str:
         of = self.input
         head = (
-            f"{self.name}: uint8 images of {of.height}x{of.width}x{of.channels} (fit: {of.fit}) -> "
+            f"{self.name}: uint8 images of {of.height}x{of.width}x{of.channels} (fit: {of.fit}"
+            f"{', no other size' * (not self.any_size)}) -> "
             f"{len(self.classes)} classes; {self.stored_bytes:,} bytes in {len(self.tensors)} tensors"
         )
         return "\n".join([head, *_lines(self.steps, 1), f"  -> {self.result}"])
+
+
+def metadata(of: Input, classes: tuple[str, ...], **more: str) -> str:
+    """What an exported file says of the images that it takes and of its classes.
+
+    Args:
+        of: The images: size, channels, mean, standard deviation, fit.
+        classes: Names of the classes.
+        **more: Further words, by name.
+
+    Returns:
+        JSON; sorted, so that the same network gives the same bytes.
+    """
+    described = {"classes": list(classes), "input": dataclasses.asdict(of), **more}
+    return json.dumps(described, sort_keys=True, ensure_ascii=False)
 
 
 def _operations(steps: tuple[Step, ...]) -> Iterator[Operation]:

@@ -238,7 +238,7 @@ def some_images(
 
 
 def calibration_images(
-    run: Path, network: Classifier, source: str | None, progress: Progress | None = None
+    run: Path, network: Classifier, source: str | None, progress: Progress | None = None, **changes: Any
 ) -> tuple[Tensor | None, str]:
     """Train images from which an int8 export finds the ranges of a network's values.
 
@@ -247,6 +247,7 @@ def calibration_images(
         network: Its network.
         source: The data set; None: that of the run, but none where the network has learnt its ranges.
         progress: Called while images are decoded.
+        **changes: Fields of a `DataConfig` over those of the run.
 
     Returns:
         uint8, shape (N, H, W, C), or None, and what the ranges come from, in words.
@@ -258,7 +259,7 @@ def calibration_images(
     if source is None and network.ranges is not None:
         return None, "ranges learnt in training"
     try:
-        config = data_of(run, source)
+        config = data_of(run, source, **changes)
     except ConfigError:
         raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --calibrate") from None
     images = load_train(config, network.input, _CALIBRATION_IMAGES, progress)

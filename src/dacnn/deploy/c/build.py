@@ -27,7 +27,10 @@ def compiler() -> tuple[str, ...]:
     Raises:
         DeployError: There is none.
     """
-    wanted = shlex.split(os.environ.get("CC", ""))
+    try:
+        wanted = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise DeployError(f"CC is {os.environ['CC']!r}, which is no command: {error}: name the C compiler in it") from None
     for words in [wanted] if wanted else [[name] for name in _COMPILERS]:
         if shutil.which(words[0]):
             return tuple(words)

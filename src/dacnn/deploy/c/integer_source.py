@@ -9,7 +9,7 @@ from dacnn.deploy.c import integer_arrays
 from dacnn.deploy.c.calls import Geometry
 from dacnn.deploy.c.integer_tables import Table, table
 from dacnn.deploy.c.integer_translate import LOGITS, IntegerCall, IntegerCalls, translate_integers
-from dacnn.deploy.c.literals import identifier, integers, string
+from dacnn.deploy.c.literals import counted, identifier, integers, string
 from dacnn.deploy.c.memory import Memory, plan
 from dacnn.deploy.c.source import ABI, CSource, makefile_line, render
 from dacnn.deploy.integers.program import SIGMOID, IntegerProgram
@@ -119,9 +119,9 @@ def _sizes(calls: IntegerCalls, memory: Memory) -> dict[str, Any]:
         "kernel_scratch": kernel,
         "own_scratch": own,
         "scratch": scratch,
-        "workspace_bytes": portable + 4 * scratch,
+        "workspace_bytes": counted(portable + 4 * scratch, "the workspace", "bytes"),
         "portable_workspace_bytes": portable,
-        "context_bytes": 4 + 2 * transformed,
+        "context_bytes": counted(4 + 2 * transformed, "the context", "bytes"),
         "portable_context_bytes": 4,
     }
 

@@ -23,6 +23,8 @@ from dacnn.deploy.program import (
     MaxPool,
     Multiply,
     Rotate,
+    ScaleShift,
+    operands,
 )
 
 # C channels, H rows, W columns, O output channels, T templates
@@ -134,13 +136,22 @@ def translate_integers(program: IntegerProgram) -> IntegerCalls:
     return _Translation(program).run()
 
 
+def values_of(step: IntegerStep) -> set[str]:
+    """Names of the values that a step takes."""
+    if not isinstance(step, Sum):
+        return {step.x}
+    return {*operands(step.step), *([] if step.store.residual is None else [step.store.residual])}
+
+
 class _Translation:
     def __init__(self, program: IntegerProgram) -> None:
         self.program, self.done = program, IntegerCalls()
         # the value whose memory each value is
         self.lies = {IMAGES: IMAGES}
-        # flattened values, which lie in the order of pixels, and the images that they were: C, H, W
+        # flattened values that stay in the order of pixels, and the images that they were: C, H, W
         self.images: dict[str, tuple[int, int, int]] = {}
+        # those that are brought into the order of features
+        self.reordered = {step.out for step in program.steps if isinstance(step, Flatten) and not self.may_stay(step)}
         self.wide: set[str] = set()
         self.names: dict[tuple[object, ...], str] = {}
 
@@ -169,12 +180,35 @@ class _Translation:
                 sizes = self.geometry(step.x, step.out)
                 self.row("rotate", sizes, step.x, step.out, item=step.by % sizes.in_c)
             case Flatten():
-                self.lies[step.out] = self.lies[step.x]
                 shape = self.program.shapes[step.x][1:]
+                if step.out in self.reordered:
+                    self.row("flatten", self.geometry(step.x, step.x), step.x, step.out)
+                    return
+                self.lies[step.out] = self.lies[step.x]
                 if len(shape) == 3:
                     self.images[step.out] = (shape[0], shape[1], shape[2])
                 else:
                     self.keep_order(step.x, step.out)
+
+    def may_stay(self, flatten: Flatten) -> bool:
+        """Whether a flattened image may stay in the order of pixels: kernels alone read it, and can be put in that order."""
+        shape = self.program.shapes[flatten.x][1:]
+        if len(shape) < 3 or shape[0] == 1 or shape[1:] == (1, 1):
+            return True
+        # what is the same value, number by number
+        names = {flatten.out}
+        for step in self.program.steps:
+            if not names & values_of(step):
+                continue
+            alone = len(values_of(step)) == 1
+            if isinstance(step, Lookup | Flatten) or (alone and isinstance(step, Sum) and isinstance(step.step, ScaleShift)):
+                names.add(step.out)
+                continue
+            kernel = step.kernel if alone and isinstance(step, Sum) and isinstance(step.step, Linear) else None
+            # a kernel that is repeated while running has the order that its base has
+            if kernel is None or isinstance(kernel, RepeatedIntegers):
+                return False
+        return self.program.result not in names
 
     def keep_order(self, x: str, y: str) -> None:
         if x in self.images:
@@ -236,7 +270,7 @@ class _Translation:
             if self.pixels(inner.x) == self.pixels(inner.y):
                 over.append(inner.y)
         order = np.arange(len(store.m))
-        if op in ("affine", "multiply") and inner.x in self.images:
+        if op == "affine" and inner.x in self.images:
             self.keep_order(inner.x, step.out)
             if len(order) > 1:
                 order = order.reshape(self.images[inner.x]).transpose(1, 2, 0).ravel()

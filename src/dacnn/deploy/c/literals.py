@@ -74,12 +74,12 @@ def identifier(word: str) -> str:
     return word
 
 
-def counted(numbers: int, what: str) -> int:
-    """How many numbers something has.
+def counted(numbers: int, what: str, unit: str = "numbers") -> int:
+    """How many numbers, or bytes, something has.
 
     Raises:
         DeployError: More than an `int` of C can count.
     """
     if numbers >= 2**31:
-        raise DeployError(f"{what} has {numbers:,} numbers: expected fewer than {2**31:,}, which an int of C counts")
+        raise DeployError(f"{what} has {numbers:,} {unit}: expected fewer than {2**31:,}, which an int of C counts")
     return numbers

@@ -42,8 +42,12 @@ def signed(files: CSource, program: Program | IntegerProgram, parity: Parity) ->
     Returns:
         The files with the comment.
     """
+    of = program.input
+    mean, std = (" ".join(f"{value:.6g}" for value in values) for values in (of.mean, of.std))
     text = (
         f"/* {comment(program.name)}, written by dacnn {__version__}: to change it, export it again\n"
+        f"   images: uint8, {of.height} x {of.width} x {of.channels}, those of another size fitted to it by '{of.fit}'; "
+        f"taken as (x / 255 - mean) / deviation,\n   mean {mean}, deviation {std}\n"
         f"   weights: SHA-256 {weights_hash(program.tensors)}\n"
         f"   checked on {parity.images} images against the network in float64: largest error {parity.max_error:.1e} of the "
         f"largest logit,\n   the same class for {parity.top1_agreement:.2%} */\n"

@@ -9,7 +9,7 @@ from dacnn.deploy.c.arrays import SLACK, depthwise
 from dacnn.deploy.c.calls import ACTIVATIONS, Call, Calls
 from dacnn.deploy.c.fast import fast_values
 from dacnn.deploy.c.isa import ISAS
-from dacnn.deploy.c.literals import comment, floats, identifier, string
+from dacnn.deploy.c.literals import comment, counted, floats, identifier, string
 from dacnn.deploy.c.memory import Memory, plan
 from dacnn.deploy.c.prepared import prepare, transformed
 from dacnn.deploy.c.translate import translate
@@ -158,8 +158,8 @@ def _sizes(calls: Calls, memory: Memory, in_file: bool) -> dict[str, Any]:
         "scratch": prepared.scratch,
         "kernel_scratch": kernel_scratch,
         "values": memory.size + SLACK,
-        "workspace_bytes": _FLOAT * (portable + prepared.scratch + prepared.kernel_scratch),
-        "context_bytes": _FLOAT * (1 + (0 if in_file else prepared.size)),
+        "workspace_bytes": counted(_FLOAT * (portable + prepared.scratch + prepared.kernel_scratch), "the workspace", "bytes"),
+        "context_bytes": counted(_FLOAT * (1 + (0 if in_file else prepared.size)), "the context", "bytes"),
         "portable_workspace_bytes": _FLOAT * portable,
         "portable_context_bytes": _FLOAT,
     }

@@ -1,14 +1,12 @@
 """A Program as an ONNX model, flat or with its loops."""
 
-import dataclasses
-import json
 from typing import TYPE_CHECKING
 
 from dacnn import __version__
 from dacnn.deploy.onnx.graph import Form, Graph, Model
 from dacnn.deploy.onnx.loops import write_steps
 from dacnn.deploy.onnx.shapes import Shape, depends_on_image_size, shapes_of
-from dacnn.deploy.program import IMAGES, Normalize, Program
+from dacnn.deploy.program import IMAGES, Normalize, Program, metadata
 from dacnn.deploy.shapes import flat_steps
 from dacnn.errors import DeployError
 
@@ -104,7 +102,5 @@ def _file(model: Model, graph: Graph, planes: Shape, float_input: bool) -> "onnx
         opset_imports=[helper.make_opsetid("", _OPSET)],
         ir_version=_IR_VERSION,
     )
-    described = {"name": program.name, "classes": list(program.classes), "input": dataclasses.asdict(program.input)}
-    # one sorted string, so that the same program gives the same bytes
-    helper.set_model_props(file, {"dacnn": json.dumps(described, sort_keys=True, ensure_ascii=False)})
+    helper.set_model_props(file, {"dacnn": metadata(program.input, program.classes, name=program.name)})
     return file

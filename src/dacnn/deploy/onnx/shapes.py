@@ -46,7 +46,9 @@ def shapes_of(program: Program, images: Shape) -> Shapes:
 
 
 def depends_on_image_size(program: Program) -> bool:
-    """Whether the program takes images of one size only, since it flattens what has several pixels."""
+    """Whether the program takes images of one size only: it was made for that, or flattens what has several pixels."""
+    if not program.any_size:
+        return True
     shapes = shapes_of(program, (None, program.input.channels, None, None))
     return any(isinstance(step, Flatten) and shapes[step.x][2:] != (1, 1) for step in program.operations())
 
