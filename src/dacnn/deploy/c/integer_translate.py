@@ -136,11 +136,11 @@ def translate_integers(program: IntegerProgram) -> IntegerCalls:
     return _Translation(program).run()
 
 
-def values_of(step: IntegerStep) -> set[str]:
-    """Names of the values that a step takes."""
+def values_of(step: IntegerStep) -> tuple[str, ...]:
+    """Names of the values that a step takes, one twice where it is taken twice."""
     if not isinstance(step, Sum):
-        return {step.x}
-    return {*operands(step.step), *([] if step.store.residual is None else [step.store.residual])}
+        return (step.x,)
+    return (*operands(step.step), *(() if step.store.residual is None else (step.store.residual,)))
 
 
 class _Translation:
@@ -198,9 +198,10 @@ class _Translation:
         # what is the same value, number by number
         names = {flatten.out}
         for step in self.program.steps:
-            if not names & values_of(step):
+            taken = values_of(step)
+            if not names & set(taken):
                 continue
-            alone = len(values_of(step)) == 1
+            alone = len(taken) == 1
             if isinstance(step, Lookup | Flatten) or (alone and isinstance(step, Sum) and isinstance(step.step, ScaleShift)):
                 names.add(step.out)
                 continue
