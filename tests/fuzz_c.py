@@ -33,6 +33,7 @@ R = TypeVar("R")
 
 # programs of one executable
 BATCH = 5
+_AT_LEAST = 50
 COMPILERS = ("gcc", "clang")
 
 
@@ -64,7 +65,15 @@ def widened(plan: Plan, factor: int) -> Plan:
 
 
 def drawn(count: int, seed: int) -> list[tuple[Plan, int]]:
-    """Plans, and the seeds of their weights; the same ones for the same seed."""
+    """Plans, and the seeds of their weights, all different; the same ones for the same seed."""
+    found: dict[tuple[Plan, int], None] = {}
+    while len(found) < count:
+        # some are drawn twice; another seed draws more, a good many, for the first ones are the simplest everywhere
+        found |= dict.fromkeys(_drawn(max(count - len(found), _AT_LEAST if found else 0), seed + 1_000_003 * len(found)))
+    return list(found)[:count]
+
+
+def _drawn(count: int, seed: int) -> list[tuple[Plan, int]]:
     found: list[tuple[Plan, int]] = []
 
     @hypothesis.seed(seed)
