@@ -35,24 +35,39 @@ _METADATA_KEY = "dacnn"
 _FORMAT = 1
 
 
+def check_place(path: Path) -> None:
+    """Refuse a place where no file can be put, before work is done whose result would be lost.
+
+    Args:
+        path: Where a file shall stand.
+
+    Raises:
+        CheckpointError: It is a folder, a device or a pipe, or lies in no folder.
+    """
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: cannot be written: there is no folder {path.parent}: make it first")
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise CheckpointError(f"{path}: cannot be written: it is {kind}: expected the name of a file")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file so that nobody sees it half-written.
 
     Args:
-        path: Where the file shall stand.
+        path: Where the file shall stand; what a link names is replaced, not the link.
 
     Yields:
         A path beside it; what is written there takes the place of `path` when the block ends without an error.
 
     Raises:
-        CheckpointError: The folder cannot be written.
+        CheckpointError: The file cannot be written.
     """
-    if path.is_dir():
-        # before anything else is written: files that belong together are replaced all or none
-        raise CheckpointError(f"{path}: cannot be written: it is a folder: expected the name of a file")
+    check_place(path)
+    place = path.resolve() if path.is_symlink() else path
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=place.parent)
         os.close(handle)
     except OSError as error:
         raise CheckpointError(
@@ -67,7 +82,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield beside
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
-        beside.replace(path)
+        beside.replace(place)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:

@@ -11,7 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import LogFormatter
 
 from dacnn.bench.results import Bench
-from dacnn.checkpoint import replacing
+from dacnn.checkpoint import check_place, replacing
 from dacnn.errors import ConfigError
 from dacnn.networks.plan import Layer, Plan
 from dacnn.training.evaluate import Evaluation
@@ -31,10 +31,12 @@ def check_picture(path: Path) -> str:
 
     Raises:
         ConfigError: The ending is another one.
+        CheckpointError: No file can stand there.
     """
     ending = path.suffix.lower().removeprefix(".")
     if ending not in _FORMATS:
         raise ConfigError(f"{path}: a picture ends in one of {', '.join('.' + ending for ending in _FORMATS)}")
+    check_place(path)
     return ending
 
 

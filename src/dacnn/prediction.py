@@ -60,7 +60,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 @torch.inference_mode()
 def predict(
     network: Classifier,
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     top: int = 5,
     tick: Callable[[int, int], None] = lambda done, total: None,
@@ -69,7 +69,7 @@ def predict(
 
     Args:
         network: The network; run in the mode it is in, so load it or call `eval()` first.
-        paths: Image files and folders of them, of any size and mode.
+        paths: Image files and folders of them, or one, of any size and mode.
         top: How many classes to name for each.
         tick: Called with the images done and to be done.
 
@@ -79,7 +79,7 @@ def predict(
     Raises:
         DataError: A file is missing or no image.
     """
-    files = find_images(paths)
+    files = find_images([paths] if isinstance(paths, str | Path) else paths)
     classes = network.classes
     device = next(network.parameters()).device
     predictions: list[Prediction] = []

@@ -1,11 +1,15 @@
 """A run goes from images to a directory; killed anywhere, it goes on and ends with the same bits."""
 
+import dataclasses
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ import dacnn
 from dacnn.config import read_config
 from dacnn.errors import CheckpointError, ConfigError, DataError, DivergenceError, Interrupted, UnknownNameError
 from dacnn.training.listener import Listener
+from dacnn.training.loop import Loop
 from dacnn.training.train import configure
 
 # dacnn3 on the digits, small enough for a test: 2 epochs of 10 steps
@@ -254,3 +259,44 @@ def test_two_processes_equal_one_that_accumulates_two_micro_batches(tmp_path: Pa
     records = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
     assert records[0]["validation_top1"] == pytest.approx(records[1]["validation_top1"], abs=0.01)
     assert records[0]["train_loss"] == pytest.approx(records[1]["train_loss"], rel=1e-3)
+
+
+def test_weights_in_a_file_by_themselves_bring_their_plan(whole: Path, tmp_path: Path) -> None:
+    shutil.copy(whole / "best.safetensors", tmp_path / "alone.safetensors")
+    weights = str(tmp_path / "alone.safetensors")
+    result = dacnn.train(weights=weights, data="digits", out=tmp_path / "on", epochs=1, lr=0.0, threads=1, precision="float32")
+    assert dacnn.load(result.run).plan == dacnn.load(whole).plan
+    with pytest.raises(ConfigError, match="holds another 'dacnn3' than is asked for"):
+        dacnn.train(weights=weights, data="digits", out=tmp_path / "other", width=16)
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Loop.validate
+
+    def astray(self: Loop, tick: Any) -> Any:
+        return dataclasses.replace(measured(self, tick), loss=math.nan)
+
+    monkeypatch.setattr(Loop, "validate", astray)
+    with pytest.raises(DivergenceError, match="the validation loss is nan in epoch 1"):
+        dacnn.train("dacnn3", data="digits", out=tmp_path / "run", **SMALL)
+    assert not list((tmp_path / "run").glob("best*"))
+
+
+def test_a_run_that_is_not_there_is_begun_with_a_word(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Hears(Listener):
+        def log(self, line: str) -> None:
+            said.append(line)
+
+    dacnn.train("dacnn3", data="digits", out=tmp_path / "new", resume=True, listener=Hears(), **(SMALL | {"epochs": 1}))
+    assert f"{tmp_path / 'new'} holds no run yet: it is begun" in said
+
+
+def test_processes_that_are_launched_share_a_training_on_a_cpu(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dacnn"]
+    words = ["train", "dacnn3", "--width", "8", "--epochs", "1", "--threads", "1", "--out", str(tmp_path / "two"), "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout + done.stderr and done.stdout.count('"epochs"') == 1

@@ -101,7 +101,7 @@ def eval(
     from dacnn import tables
     from dacnn.checkpoint import load
     from dacnn.data.sources import load_data, load_test
-    from dacnn.draw import draw_confusion
+    from dacnn.draw import check_picture, draw_confusion
     from dacnn.measure.count import count
     from dacnn.networks.classifier import Classifier
     from dacnn.networks.factory import adapt, is_factory
@@ -110,6 +110,9 @@ def eval(
     from dacnn.training.precision import best_device
     from dacnn.training.run import data_of
 
+    if png:
+        # before the images are gone through
+        check_picture(png)
     network: Classifier
     if is_factory(str(run)):
         if data is None or into:
@@ -205,7 +208,7 @@ def fold(
     Example: dacnn fold runs/template --kernels 2 --out folded.safetensors
     """
     from dacnn import tables
-    from dacnn.checkpoint import load, save
+    from dacnn.checkpoint import check_place, load, save
     from dacnn.data.sources import load_test
     from dacnn.measure.count import count
     from dacnn.networks.fold import alike
@@ -215,6 +218,7 @@ def fold(
     from dacnn.training.precision import best_device
     from dacnn.training.run import data_of
 
+    check_place(out)
     network = load(run)
     folded, done = fold_network(network, kernels=kernels, similarity=similarity)
     with bar("loading") as tick:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dacnn.checkpoint import replacing, stored_once
+from dacnn.checkpoint import check_place, replacing, stored_once
 from dacnn.deploy import runtime
 from dacnn.deploy.c.files import Wanted, write_c
 from dacnn.deploy.c.same_bits import check_bits
@@ -26,7 +26,7 @@ from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.parity import Parity, check, measure, noise_images, reference_logits
 from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll
-from dacnn.errors import ConfigError, DeployError, UnknownNameError
+from dacnn.errors import ConfigError, DeployError, ShapeError, UnknownNameError
 from dacnn.networks.classifier import Classifier
 
 # N images, H rows, W columns, C channels, K classes
@@ -112,7 +112,8 @@ def export(
 
     Raises:
         UnknownNameError: There is no such target or form.
-        ConfigError: Something was given that this target does not have.
+        ConfigError: Something was given that this target does not have, or no images.
+        ShapeError: The images are of another shape or type.
         DeployError: The network has a step that cannot be expressed, a package or a compiler is missing, or the file computes
             something else, or more than it may take.
         CheckpointError: The file cannot be written.
@@ -128,7 +129,11 @@ def export(
     _check(to, float_input, form, wanted)
     _check_dtype(to, dtype, calibration, wanted)
     path = Path(out)
+    check_place(path)
     images = noise_images(network.input, _NOISE) if images is None else images
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
+        found = f"{images.dtype}, {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ShapeError(f"images are {found}: expected a uint8 tensor, N x H x W x C: torch.from_numpy makes one of an array")
     if len(images) == 0:
         raise ConfigError("images has none in it: expected some to compare on, or None for noise")
     reference = reference_logits(network, images)

@@ -87,6 +87,8 @@ def design_of(config: NetworkConfig) -> Design:
         ConfigError: A change does not fit the design.
     """
     if config.name not in DESIGNS:
+        if "/" in config.name or config.name.endswith(".safetensors"):
+            raise ConfigError(f"{config.name}: there is no such run or file, and no network of the zoo is called so")
         raise UnknownNameError("network", config.name, DESIGNS)
     if config.start is not None:
         raise ConfigError(

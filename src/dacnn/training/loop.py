@@ -250,11 +250,15 @@ class Loop:
         """
         values: list[float] = (self.totals if sums is None else sums).tolist()
         if not math.isfinite(values[0]):
-            raise DivergenceError(
-                f"the loss is {values[0]} in epoch {self.epoch + 1}, step {self.step} of {self.steps}: "
-                f"lower --lr (now {self.config.lr}), lengthen training.warmup, or set training.clip_norm to 1"
-            )
+            raise self.diverged("loss", values[0])
         return values
+
+    def diverged(self, what: str, value: float) -> DivergenceError:
+        """The error that says that a loss is no number, and what to do."""
+        return DivergenceError(
+            f"the {what} is {value} in epoch {self.epoch + 1}, step {self.step} of {self.steps}: "
+            f"lower --lr (now {self.config.lr}), lengthen training.warmup, or set training.clip_norm to 1"
+        )
 
     def validate(self, tick: Callable[[int, int], None]) -> Evaluation | None:
         """Measure the network on the validation images; None where there are none."""
@@ -284,6 +288,8 @@ class Loop:
         loss, hits = self.check(self.reduce(self.totals))
         images = self.steps * self.images_per_step
         validation = self.validate(tick)
+        if validation and not math.isfinite(validation.loss):
+            raise self.diverged("validation loss", validation.loss)
         best = validation is not None and validation.top1 > self.best_top1
         if best and validation:
             self.best_top1 = validation.top1

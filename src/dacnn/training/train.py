@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from dacnn.networks.zoo import design_of, plan_of
 from dacnn.training.interrupt import deferred_interrupts
 from dacnn.training.listener import Listener
 from dacnn.training.loop import EpochRecord, Loop
-from dacnn.training.precision import Execution, choose
+from dacnn.training.precision import Execution, best_device, choose
 from dacnn.training.recipe import load_recipe
 from dacnn.training.run import Run
 from dacnn.training.state import restore_state
@@ -158,6 +159,9 @@ def train(
     module = _module_of(network)
     name = f"{_FROM_PYTHON}{type(module).__name__}" if module is not None else None if plan else cast(str | None, network)
     chosen = {"name": name, "source": data, **overrides}
+    of_network = Config.sorted_into_tables(overrides)["network"]
+    if config is None and network is None and all(value is None for value in of_network.values()):
+        plan = _plan_in(overrides.get("weights"))
     if config is None:
         config = configure(name, data, recipe, **overrides)
     elif recipe or any(value is not None for key, value in chosen.items() if key != "name" or module is None):
@@ -168,14 +172,29 @@ def train(
         raise ConfigError("--resume: which run? name its directory with --out")
     # one process chooses the directory, and all are told which it is
     found = [Run(Path(out)) if out else Run.unused(_stem(config))]
-    PartialState(cpu=config.training.device == "cpu")
+    PartialState(cpu=_on_cpu(config))
     run: Run = broadcast_object_list(found)[0]
     if run.exists:
         if not resume:
             raise CheckpointError(f"{run.path}: already holds a run: go on with it by --resume, or choose another --out")
         config, plan = run.config(), run.plan()
         run.check_same(config, Config.sorted_into_tables(chosen))
+    elif resume and PartialState().is_main_process and listener:
+        listener.log(f"{run.path} holds no run yet: it is begun")
     return _train(config, plan, module, run, listener or Listener())
+
+
+def _on_cpu(config: Config) -> bool:
+    """Whether to train on the CPU: of several processes, accelerate joins those on a CPU only where it is told so."""
+    return config.training.device == "cpu" or best_device() == "cpu"
+
+
+def _plan_in(weights: str | None) -> Plan | None:
+    """The plan in a file of weights that stands by itself; None: there is no such file, or it holds none."""
+    if weights is None or not Path(weights).is_file():
+        return None
+    _, metadata = load_tensors(Path(weights))
+    return Plan.from_json(json.dumps(metadata["plan"])) if "plan" in metadata else None
 
 
 def _module_of(network: object) -> nn.Module | None:
@@ -200,7 +219,7 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
             f"training.quantize is '{config.training.quantize}', but nothing is trained yet whose values have ranges: train in "
             "floats first, and name that run with --weights"
         )
-    accelerator = Accelerator(cpu=config.training.device == "cpu", log_with="tensorboard", project_dir=str(run.path))
+    accelerator = Accelerator(cpu=_on_cpu(config), log_with="tensorboard", project_dir=str(run.path))
     if accelerator.device.type not in ("cpu", "cuda"):
         raise TrainingError(f"device '{accelerator.device.type}' is not supported: use --device cpu")
     if not accelerator.is_main_process:
