@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -525,3 +526,9 @@ def test_the_stem_learns_from_the_first_step() -> None:
     F.cross_entropy(network(images_for(network.plan, 4, dtype=torch.float32)), torch.arange(4)).backward()
     gradient = network.anchors["stem"].grad
     assert gradient is not None and torch.isfinite(gradient).all() and float(gradient.norm()) > 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_an_array_is_no_tensor(dtype: type) -> None:
+    with pytest.raises(ShapeError, match="images are a ndarray: expected a tensor: torch.from_numpy makes one"):
+        create("dacnn3", width=8)(np.zeros((1, 32, 32, 3), dtype))

@@ -300,3 +300,8 @@ def test_processes_that_are_launched_share_a_training_on_a_cpu(tmp_path: Path) -
     done = subprocess.run([*launch, *words], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout + done.stderr and done.stdout.count('"epochs"') == 1
+
+
+def test_a_directory_without_a_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--out is empty"):
+        dacnn.train("dacnn3", data="digits", out="", **SMALL)

@@ -117,7 +117,7 @@ def plan(
     *,
     budget: Annotated[
         str | None,
-        word("propose the least sharing that stores no more than this, such as 100kB", "BYTES"),
+        word("propose the least sharing that stores no more than this, such as 100kB; a file adds some kB", "BYTES"),
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "int8"], word("format in which the values are stored")] = "float32",
     classes: Annotated[int, arg(help="number of classes")] = 10,

@@ -55,7 +55,7 @@ class Classifier(nn.Module):
             Logits, shape (N, K).
 
         Raises:
-            ShapeError: The images have another shape.
+            ShapeError: The images have another shape, or are no tensor.
         """
         x = images
         if images.dtype == torch.uint8:
@@ -70,6 +70,8 @@ class Classifier(nn.Module):
 
     def _check_images(self, images: Tensor, x: Tensor) -> None:
         """Refuse images, given as `images` and normalised as `x`, that the network cannot take."""
+        if not isinstance(x, Tensor):
+            raise ShapeError(f"images are a {type(x).__name__}: expected a tensor: torch.from_numpy makes one of an array")
         channels, side = self.input.channels, self.smallest_side
         if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < side:
             least = f" of at least {side} pixels a side" if side > 1 else ""

@@ -170,6 +170,8 @@ def train(
         config = dataclasses.replace(config, network=dataclasses.replace(config.network, name=name))
     if resume and out is None:
         raise ConfigError("--resume: which run? name its directory with --out")
+    if out is not None and str(out) == "":
+        raise ConfigError("--out is empty: expected a directory for the run")
     # one process chooses the directory, and all are told which it is
     found = [Run(Path(out)) if out else Run.unused(_stem(config))]
     PartialState(cpu=_on_cpu(config))
