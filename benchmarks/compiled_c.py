@@ -126,6 +126,20 @@ def whole(program: Program, rounds: int, batch: int, folder: Path) -> list[dict[
     return rows
 
 
+def scaling(program: Program, rounds: int, batch: int, folder: Path) -> dict[str, float]:
+    """A batch by the fastest path, in turn: image by image, by one thread, by two; medians in ms an image."""
+    fastest = next(iter(paths_of(compile_to(program, folder / "batch.so")).values()))
+    images = images_of(program, batch)
+
+    def one_by_one() -> None:
+        for image in images:
+            fastest(image)
+
+    runs: dict[str, Run] = {"one_by_one": one_by_one}
+    runs |= {f"{threads}_threads": functools.partial(fastest, images, threads) for threads in (1, 2)}
+    return {name: statistics.median(values) / batch * 1e3 for name, values in seconds(runs, max(rounds // 4, 3)).items()}
+
+
 def layers(channels: int, side: int, count: int) -> Program:
     """So many layers of one kernel over images of one size."""
     random = np.random.default_rng(0)
@@ -206,6 +220,7 @@ def main() -> None:
         folder = Path(name)
         table: dict[str, Any] = {
             "whole": whole(program, options.rounds, options.batch, folder),
+            "scaling": scaling(program, options.rounds, options.batch, folder),
             "layers": sizes(options.width, options.sides, options.rounds, folder),
             "memory": memory(program, options.repeats, folder),
         }
@@ -218,6 +233,11 @@ def main() -> None:
             f"batch {row['batch']:>3}, {row['threads']} thread(s) {row['path']:>12}: {row['image_ms']:7.3f} ms an image "
             f"(least {row['least_ms']:.3f}), {row['times_as_fast']:.2f}x as fast as ONNX Runtime"
         )
+    single, one, two = (table["scaling"][name] for name in ("one_by_one", "1_threads", "2_threads"))
+    print(
+        f"batch {options.batch:>3} in turn: image by image {single:.3f}, one thread {one:.3f}, two threads {two:.3f} ms "
+        f"an image: a batch takes {one / single:.2f}x the time of its images, two threads are {one / two:.2f}x as fast as one"
+    )
     for row in table["layers"]:
         print(
             f"{options.width} channels at {row['side']:>2}x{row['side']:<2} {row['path']:>8}: {row['layer_us']:8.1f} us, "

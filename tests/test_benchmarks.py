@@ -114,4 +114,5 @@ def test_the_benchmark_of_compiled_c_compares_every_path_with_onnx_runtime() -> 
     table = run("compiled_c.py", *words)
     assert {row["path"] for row in table["whole"]} >= {"onnxruntime", "portable"}
     assert all(row["times_as_fast"] > 0 for row in table["whole"])
+    assert set(table["scaling"]) == {"one_by_one", "1_threads", "2_threads"} and min(table["scaling"].values()) > 0
     assert table["memory"]["anonymous_bytes"] > 0 and table["memory"]["stored_bytes"] > 0
