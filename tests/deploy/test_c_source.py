@@ -16,9 +16,11 @@ from dacnn.deploy.c.build import write
 from dacnn.deploy.c.literals import floats, identifier, string
 from dacnn.deploy.c.provenance import signed, weights_hash
 from dacnn.deploy.c.source import to_c
+from dacnn.deploy.lower import lower
 from dacnn.deploy.parity import Parity
 from dacnn.deploy.program import Carried, Convolve, Loop, Program, StoredKernel
 from dacnn.errors import DeployError
+from dacnn.networks.network import create
 from onnx_programs import CLASSES, C, drawn, program
 
 K = drawn(C, C, 3, 3)
@@ -69,6 +71,8 @@ def test_no_name_that_is_given_is_one_that_the_file_has_already(tmp_path: Path) 
     wide = program(Convolve("y", "x", StoredKernel("k"), padding=(1, 1, 1, 1)), channels=16, k=drawn(16, C, 3, 3))
     names = ["load", "find", "place", "can", "apply", "int"]
     paths = [write(to_c(wide, name=name), tmp_path).name for name in names]
+    tiled = lower(create("dacnn3", width=16, share="repeat"))
+    paths += [write(to_c(tiled, name=name), tmp_path).name for name in ("repeat", "tile")]
     done = subprocess.run(
         [tool("gcc"), *STRICT, "-fsyntax-only", *paths], cwd=tmp_path, capture_output=True, text=True, check=False
     )
