@@ -159,9 +159,9 @@ def pack(
         engine: `pytorch`: oneDNN through PyTorch, ready in milliseconds. `c`: C in float32, compiled now, which takes seconds
             and a C compiler, for uint8 images of the network's size; others go through PyTorch. `auto`: the faster of both,
             in a short trial on one image, whatever `dtype` is; PyTorch where C cannot be had.
-        winograd: Of C. None is `file`: 3x3 kernels stand transformed in its library, four times as large, and processes share
-            them; `init`: they are transformed at the start, in memory of this process; `off`: a third of the memory, and two
-            or three times the time.
+        winograd: Of C. None is `file`: 3x3 kernels stand transformed in its library, four times as large, mapped from its
+            file; `init`: they are transformed at the start, in private memory; `off`: as they are stored, in a third of the
+            memory, and up to three times slower.
 
     Returns:
         The callable.
@@ -189,10 +189,12 @@ def pack(
         raise ConfigError(f"winograd is '{winograd}', but engine is 'pytorch', which has none: use 'c' or 'auto'")
     chosen, reason = _format(dtype, place)
     program = network if isinstance(network, Program) else lower(network)
+    # in the file, transformed kernels are mapped: forked processes share them, and they are no private memory
+    kernels = winograd or "file"
     if engine == "c":
-        return Packed(program, place, torch.float32, "float32", compiled(program, winograd or "file"))
+        return Packed(program, place, torch.float32, "float32", compiled(program, kernels))
     packed = Packed(program, place, chosen, reason)
-    return _faster(packed, program, winograd or "file") if engine == "auto" and place.type == "cpu" else packed
+    return _faster(packed, program, kernels) if engine == "auto" and place.type == "cpu" else packed
 
 
 def _give_back_freed_memory() -> None:

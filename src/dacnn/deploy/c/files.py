@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from dacnn.checkpoint import check_place, replacing
+from dacnn.checkpoint import replacing
 from dacnn.deploy.c.build import build
 from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.literals import identifier
@@ -74,7 +74,6 @@ def write_c(program: Program | IntegerProgram, path: Path, compare: Callable[[Pa
             or it does not fit the microcontroller.
         CheckpointError: A file cannot be written.
     """
-    check_place(path)
     if path.suffix != ".c":
         raise DeployError(f"{path}: a source of C is called NAME.c: call it {path.with_suffix('.c').name}")
     name = identifier(path.stem)
