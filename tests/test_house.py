@@ -123,6 +123,7 @@ ORDER = [
     "networks.rival",
     "training.precision",
     "deploy.packing.onednn",
+    "deploy.packing.chains",
     "deploy.packing.arithmetic",
     "deploy.packing.cuda_graphs",
     "deploy.packing.steps",

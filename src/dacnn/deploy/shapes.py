@@ -114,11 +114,11 @@ def _shape(step: Operation, taken: Sequence[Shape], tensors: Tensors) -> Shape |
         case Convolve():
             outputs, _, *size = kernel_shape(step.kernel, tensors)
             reach = [1 + (side - 1) * apart for side, apart in zip(size, step.dilation, strict=True)]
-            return (x[0], outputs, *_windows(x, reach, step.stride, step.padding))
+            return (x[0], outputs, *windows(x, reach, step.stride, step.padding))
         case MaxPool():
-            return (*x[:2], *_windows(x, step.size, step.stride, step.padding))
+            return (*x[:2], *windows(x, step.size, step.stride, step.padding))
         case AveragePool():
-            return (*x[:2], *_windows(x, step.size, step.stride, (0, 0, 0, 0)))
+            return (*x[:2], *windows(x, step.size, step.stride, (0, 0, 0, 0)))
         case GlobalAverage():
             return (*x[:2], 1, 1)
         case Flatten():
@@ -133,8 +133,18 @@ def _shape(step: Operation, taken: Sequence[Shape], tensors: Tensors) -> Shape |
     return x
 
 
-def _windows(x: Shape, size: Sequence[int], stride: Sequence[int], padding: tuple[int, int, int, int]) -> list[int]:
-    """How many windows there are, from above to below and from left to right."""
+def windows(x: Shape, size: Sequence[int], stride: Sequence[int], padding: tuple[int, int, int, int]) -> list[int]:
+    """How many windows there are, from above to below and from left to right.
+
+    Args:
+        x: N x C x H x W.
+        size: Rows and columns of a window.
+        stride: Its steps.
+        padding: Above, left, below, right.
+
+    Returns:
+        Their rows and columns; 0 where none fits.
+    """
     sides = (x[2] + padding[0] + padding[2], x[3] + padding[1] + padding[3])
     # not by the quotient alone, which rounds -1 / 2 down, too
     return [(side - reach) // apart + 1 if side >= reach else 0 for side, reach, apart in zip(sides, size, stride, strict=True)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dacnn.deploy.fusion import Stored, Task
 from dacnn.deploy.packing import onednn
+from dacnn.deploy.packing.chains import Convolution, MaxPooling
 from dacnn.deploy.program import (
     Activate,
     Add,
@@ -48,8 +49,6 @@ _LAST = torch.channels_last
 # a factor of 2 to minus this, or an addend this much larger than what it is added to, leaves float32 nothing to see
 _UNSEEN_BITS = 100
 _SMALLEST_EXPONENT = -126
-# values from which pooling in three passes is as fast as in one
-_LARGE = 2**17
 
 _ACTIVATIONS: dict[str, Callable[[Tensor, bool], Tensor]] = {
     "relu": lambda x, owned: x.relu_() if owned else x.relu(),
@@ -124,7 +123,7 @@ def _name(reference: Reference) -> str:
     return reference
 
 
-def call_of(task: Task, held: Held, tensors: Tensors, input: Input) -> tuple[Call, list[Tensor]]:
+def call_of(task: Task, held: Held, tensors: Tensors, input: Input) -> tuple[Call | Convolution, list[Tensor]]:
     """How a step is done.
 
     Args:
@@ -134,7 +133,7 @@ def call_of(task: Task, held: Held, tensors: Tensors, input: Input) -> tuple[Cal
         input: The program's.
 
     Returns:
-        A function of the task's values, and the tensors that it holds beside the kernels.
+        A function of the task's values, or a convolution of a packed kernel, and the tensors that it holds beside the kernels.
     """
     step = task.step
     if isinstance(step, Stored):
@@ -172,23 +171,18 @@ def _normalize(input: Input, held: Held) -> tuple[Call, list[Tensor]]:
     return call, [scale, shift]
 
 
-def _convolution(stored: Stored, step: Convolve, held: Held, tensors: Tensors) -> tuple[Call, list[Tensor]]:
+def _convolution(stored: Stored, step: Convolve, held: Held, tensors: Tensors) -> tuple[Call | Convolution, list[Tensor]]:
     slide = onednn.slide_of(step)
-    geometry, margin = slide.geometry, slide.margin
-
-    def padded(x: Tensor) -> Tensor:
-        if x.dtype is not held.dtype:
-            x = x.to(held.dtype)
-        return (x if margin is None else F.pad(x, margin)).contiguous(memory_format=_LAST)
-
     scale, shift = _factors(stored.affine, tensors)
     packed = held.packed.get(_name(step.kernel.tensor)) if isinstance(step.kernel, StoredKernel) else None
     if packed is None:
         behind, own = _scale_shift(*_terms(scale, shift, held.device), True)
 
         def plain(x: Tensor) -> Tensor:
-            kernel = held.kernel(step.kernel).to(held.dtype)
-            y = F.conv2d(padded(x), kernel, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+            kernel, of = held.kernel(step.kernel).to(held.dtype), slide.geometry
+            x = x.to(held.dtype)
+            x = (F.pad(x, slide.margin) if any(slide.margin) else x).contiguous(memory_format=_LAST)
+            y = F.conv2d(x, kernel, None, of.stride, of.padding, of.dilation, of.groups)
             y = behind(y.contiguous(memory_format=_LAST))
             return y.relu_() if stored.relu else y
 
@@ -199,8 +193,7 @@ def _convolution(stored: Stored, step: Convolve, held: Held, tensors: Tensors) -
     elif shift is not None:
         bias = _rounded(shift, held.dtype)
 
-    convolution = onednn.convolution(packed, geometry, factor, bias, stored.relu)
-    return lambda x: convolution(padded(x)), [one for one in (factor, bias) if one is not None]
+    return Convolution(packed, slide, factor, bias, stored.relu), [one for one in (factor, bias) if one is not None]
 
 
 def _linear(stored: Stored, step: Linear, held: Held, tensors: Tensors) -> tuple[Call, list[Tensor]]:
@@ -267,22 +260,8 @@ def _global_average(x: Tensor) -> Tensor:
     return x if x.shape[2:] == (1, 1) else F.avg_pool2d(x.float(), x.shape[2:])
 
 
-def _max_pool(step: MaxPool) -> Call:
+def _max_pool(step: MaxPool) -> MaxPooling:
     above, left, below, right = step.padding
-    halves = step == MaxPool(step.out, step.x)
-    if (above, left) == (below, right) and 2 * above <= step.size[0] and 2 * left <= step.size[1]:
-        return lambda x: _max_of_four(x) if halves and _is_large(x) else F.max_pool2d(x, step.size, step.stride, (above, left))
-    margin = [left, right, above, below]
-    return lambda x: F.max_pool2d(F.pad(x, margin, value=-math.inf).contiguous(memory_format=_LAST), step.size, step.stride)
-
-
-def _is_large(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.numel() >= _LARGE
-
-
-def _max_of_four(x: Tensor) -> Tensor:
-    """2x2 max-pooling without PyTorch's int64 indices, which are twice as many bytes as its result."""
-    x = x[:, :, : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
-    y = torch.maximum(x[:, :, ::2, ::2], x[:, :, ::2, 1::2])
-    torch.maximum(y, x[:, :, 1::2, ::2], out=y)
-    return torch.maximum(y, x[:, :, 1::2, 1::2], out=y)
+    even = (above, left) == (below, right) and 2 * above <= step.size[0] and 2 * left <= step.size[1]
+    padding, margin = ((above, left), (0, 0, 0, 0)) if even else ((0, 0), (left, right, above, below))
+    return MaxPooling(step.size, onednn.Slide(onednn.Geometry(step.stride, padding), margin))

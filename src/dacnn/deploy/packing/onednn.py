@@ -13,7 +13,7 @@ import mmap
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import cast
@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from dacnn.deploy.program import Convolve
+from dacnn.deploy.shapes import windows
 
 # N images, C channels, H rows, W columns, O output channels, I input channels
 
 Shape = tuple[int, ...]
+Margin = tuple[int, int, int, int]
 
 # packs of one kernel: enough for the sizes of a network's stages, and a bound where images of many sizes come
 _MOST_PACKS = 3
@@ -48,27 +50,33 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Slide:
-    """How a step's kernel is slid over images that may have to be padded first: oneDNN takes even padding alone.
+    """How a window is slid over images that may have to be padded first: oneDNN takes even padding alone.
 
     Attributes:
-        geometry: How the kernel is slid over the padded images.
-        margin: Zeros to the left, right, above and below that are put around them before; None: none.
+        geometry: How it is slid over the padded images.
+        margin: Zeros to the left, right, above and below that are put around them before.
     """
 
     geometry: Geometry
-    margin: tuple[int, int, int, int] | None
+    margin: Margin
 
     def padded(self, images: Shape) -> Shape:
         """Shape of the padded images."""
-        left, right, above, below = self.margin or (0, 0, 0, 0)
+        left, right, above, below = self.margin
         return (*images[:2], images[2] + above + below, images[3] + left + right)
+
+    def windows(self, images: Shape, size: Sequence[int]) -> list[int]:
+        """Rows and columns of windows, whose size is that of a kernel or of a pooling."""
+        of = self.geometry
+        reach = [1 + (side - 1) * apart for side, apart in zip(size, of.dilation, strict=True)]
+        return windows(self.padded(images), reach, of.stride, (*of.padding, *of.padding))
 
 
 def slide_of(step: Convolve) -> Slide:
     """How a step slides its kernel."""
     above, left, below, right = step.padding
     if (above, left) == (below, right):
-        return Slide(Geometry(step.stride, (above, left), step.dilation, step.groups), None)
+        return Slide(Geometry(step.stride, (above, left), step.dilation, step.groups), (0, 0, 0, 0))
     return Slide(Geometry(step.stride, (0, 0), step.dilation, step.groups), (left, right, above, below))
 
 
@@ -100,47 +108,11 @@ def packed_bytes(packed: Tensor) -> int:
     return int(torch.ops.mkldnn._nbytes(packed))
 
 
-def convolution(
-    kernel: "PackedKernel", geometry: Geometry, factor: Tensor | None, bias: Tensor | None, relu: bool
-) -> Callable[[Tensor], Tensor]:
-    """(convolution + bias) * factor, then ReLU, in one pass.
-
-    Args:
-        kernel: The kernel.
-        geometry: How it is slid.
-        factor: Shape (1, O, 1, 1), of the kernel's type.
-        bias: Shape (O,), of the kernel's type.
-        relu: Whether to end with a ReLU.
-
-    Returns:
-        From N x C x H x W in channels-last memory, of the kernel's type, to N x O x H' x W' of the same kind.
-    """
-    # remembered here too: the batches of a server have few shapes, and a layer of few pixels takes no longer than asking does
-    chosen: dict[Shape, Tensor] = {}
-    convolved = _convolved(geometry, factor, bias, relu)
-
-    def call(x: Tensor) -> Tensor:
-        pack = chosen.get(x.shape)
-        if pack is None:
-            images = tuple(x.shape)
-            pack, kept = kernel.read(geometry, images)
-            if kept and len(chosen) < _MOST_CHOICES:
-                chosen[images] = pack
-        return convolved(x, pack)
-
-    return call
-
-
-def _convolved(
-    geometry: Geometry, factor: Tensor | None, bias: Tensor | None, relu: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """From images and a pack to (convolution + bias) * factor, then ReLU; all that does not change is looked up once."""
+def _convolved(geometry: Geometry) -> Callable[[Tensor, Tensor], Tensor]:
+    """From images and a pack to their convolution, then ReLU."""
     slid = geometry.padding, geometry.stride, geometry.dilation, geometry.groups
-    if factor is None:
-        plain, ending = torch.ops.mkldnn._convolution_pointwise.default, "relu" if relu else "none"
-        return lambda x, pack: cast(Tensor, plain(x, pack, bias, *slid, ending, [], ""))
-    scaled, end = torch.ops.mkldnn._convolution_pointwise.binary, "relu" if relu else None
-    return lambda x, pack: cast(Tensor, scaled(x, factor, pack, bias, *slid, "mul", None, end, [], None))
+    call = torch.ops.mkldnn._convolution_pointwise.default
+    return lambda x, pack: cast(Tensor, call(x, pack, None, *slid, "relu", [], ""))
 
 
 def _probe(kernel: Shape, dtype: torch.dtype) -> Tensor:
@@ -168,7 +140,7 @@ def _saving(kernel: Shape, dtype: torch.dtype, geometry: Geometry, images: Shape
     """Share of a reader's time that a pack of its own saves, beside reordering another pack at every call: a short trial."""
     packed = reorder(_probe(kernel, dtype), geometry, images)
     x = torch.zeros(images, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    convolved = _convolved(geometry, None, None, True)
+    convolved = _convolved(geometry)
 
     def own() -> None:
         convolved(x, packed)

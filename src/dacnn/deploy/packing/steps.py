@@ -1,14 +1,16 @@
 """The steps of a Program in PyTorch, one after the other, on kernels that are held once."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dacnn.deploy.fusion import Stored, tasks
+from dacnn.deploy.fusion import Stored, Task, tasks
 from dacnn.deploy.packing import onednn
-from dacnn.deploy.packing.arithmetic import Held, call_of
+from dacnn.deploy.packing.arithmetic import Call, Held, call_of
+from dacnn.deploy.packing.chains import Chain, Convolution, MaxPooling, is_interpreted
 from dacnn.deploy.packing.cuda_graphs import Graphs
 from dacnn.deploy.program import IMAGES, Convolve, KernelStep, Program, StoredKernel, references
 from dacnn.deploy.shapes import shapes
@@ -37,9 +39,7 @@ class Steps:
         self._tasks = tasks(program)
         self.held = _hold(program, device, dtype)
         made = [call_of(task, self.held, program.tensors, program.input) for task in self._tasks]
-        self._calls = [
-            (call, task.values, task.spent, task.step.out) for (call, _), task in zip(made, self._tasks, strict=True)
-        ]
+        self._calls = _chained(self._tasks, [call for call, _ in made])
         self._terms_bytes = sum(one.nbytes for _, own in made for one in own)
         self._outline = outline(program)
         self._graphs = Graphs(self._run) if device.type == "cuda" else None
@@ -53,10 +53,9 @@ class Steps:
     def _pack_for(self, images: tuple[int, int, int, int]) -> None:
         """Pack every kernel as images, N x H x W x C, want it: before there are activations, between which packs would lie."""
         found = shapes(self._outline, *images[:3])
-        for step in self._outline.operations():
-            if isinstance(step, Convolve) and isinstance(step.kernel.tensor, str) and step.kernel.tensor in self.held.packed:
-                slide = onednn.slide_of(step)
-                self.held.packed[step.kernel.tensor].read(slide.geometry, slide.padded(found[step.x]))
+        for call, values, *_ in self._calls:
+            if isinstance(call, Chain):
+                call.prepare(torch.Size(found[values[0]]))
 
     @property
     def nbytes(self) -> int:
@@ -91,10 +90,34 @@ class Steps:
         """Lines: how many steps there are, packs of every kernel, what is evaluated when it is read."""
         fused = sum(isinstance(task.step, Stored) for task in self._tasks)
         lines = [f"{len(self._tasks)} steps, {fused} of them with scale, shift and ReLU done while values are stored"]
+        if not is_interpreted():
+            lines.append("called one by one, since this PyTorch has no TorchScript: that takes longer")
         lines += [kernel.describe() for kernel in self.held.packed.values()]
         for name, one in self.held.plain.items():
             lines.append(f"{name} {'x'.join(map(str, one.shape))}: as stored, {one.nbytes:,} bytes")
         return lines
+
+
+def _chained(
+    tasks: Sequence[Task], made: Sequence[Call | Convolution]
+) -> list[tuple[Call, tuple[str, ...], tuple[str, ...], str]]:
+    """Calls, neighbours joined that can be; each with the values that it takes, those that are spent, and what it gives."""
+    calls: list[tuple[Call, tuple[str, ...], tuple[str, ...], str]] = []
+    begin = 0
+    while begin < len(tasks):
+        end = begin + 1
+        call = made[begin]
+        if isinstance(call, Convolution):
+            links: list[Convolution | MaxPooling] = [call]
+            while end < len(tasks) and isinstance(link := made[end], Convolution | MaxPooling):
+                if tasks[end].values != tasks[end].spent or tasks[end].values != (tasks[end - 1].step.out,):
+                    break
+                links.append(link)
+                end += 1
+            call = Chain(links)
+        calls.append((call, tasks[begin].values, tasks[begin].spent, tasks[end - 1].step.out))
+        begin = end
+    return calls
 
 
 def outline(program: Program) -> Program:
