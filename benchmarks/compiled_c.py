@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 import dacnn
+from dacnn import runtime
 from dacnn.bench import peak
 from dacnn.bench.contenders import Artefact
-from dacnn.deploy import runtime
 from dacnn.deploy.c.build import build
 from dacnn.deploy.c.source import to_c
 from dacnn.deploy.lower import lower

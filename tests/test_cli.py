@@ -194,11 +194,23 @@ def test_a_flag_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str
     assert "--epoch" in refusal("train --epoch 3", capsys)
 
 
+@pytest.mark.parametrize(
+    "words", ["train --optimizer None", "train --width None", "export run --to onnx --out net.onnx --form None"]
+)
+def test_leaving_a_flag_out_is_no_word_for_its_value(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refusal(words, capsys)
+    assert "('sgd'," in error or "('small'," in error or "invalid literal for int()" in error
+    assert "None'" not in error.replace("'None' for argument", "").replace("base 10: 'None'", "") and "NoneType" not in error
+
+
 def test_an_export_without_images_or_with_a_form_it_has_not_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = f"export {run} --to onnx --out {tmp_path / 'net.onnx'}"
     assert "images is 0: expected 1 or more" in refusal(f"{words} --images 0", capsys)
     assert "form is 'fast', but 'onnx' has no forms" in refusal(f"{words} --form fast", capsys)
+    # before anything is loaded
+    assert "form is 'fast'" in refusal(f"export nowhere --to onnx --out {tmp_path / 'net.onnx'} --form fast", capsys)
+    assert "there is no folder" in refusal(f"export {run} --to onnx --out {tmp_path / 'no' / 'net.onnx'}", capsys)
     assert "unknown data set 'cifar11'" in refusal(f"{words} --data cifar11", capsys)
     assert not list(tmp_path.iterdir())

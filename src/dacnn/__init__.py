@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dacnn import runtime
     from dacnn.checkpoint import load, save
     from dacnn.config import Config, DataConfig, NetworkConfig, TrainingConfig, read_config
-    from dacnn.deploy import runtime
     from dacnn.deploy.export import export
     from dacnn.deploy.packed import pack
     from dacnn.errors import DacnnError
@@ -58,7 +58,7 @@ _HOMES = {
     "predict_training_memory": "measure.memory",
     "read_config": "config",
     "rival": "networks.rival",
-    "runtime": "deploy",
+    "runtime": "runtime",
     "save": "checkpoint",
     "train": "training.train",
 }
@@ -104,8 +104,8 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'dacnn' has no attribute '{name}'")
     home = importlib.import_module(f"dacnn.{_HOMES[name]}")
-    # a public module is loaded likewise
-    return getattr(home, name) if hasattr(home, name) else importlib.import_module(f"{home.__name__}.{name}")
+    # a public module is its own home
+    return home if _HOMES[name] == name else getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -1,14 +1,37 @@
 """What the commands take: the fields of the configs as flags, and the words for everything else."""
 
 import dataclasses
+import types
 import typing
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 from tyro.conf import arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from dacnn.config import DataConfig, NetworkConfig, TrainingConfig
 from dacnn.errors import ConfigError
+
+READING = ConstructorRegistry()
+
+
+@READING.primitive_rule
+def _left_out_or(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Read a flag of type X | None as X: None is a flag that was left out, and no word for its value."""
+    choices = typing.get_args(kind.type)
+    if kind.type_origin not in (typing.Union, types.UnionType) or types.NoneType not in choices:
+        return None
+    given = reduce(or_, (choice for choice in choices if choice is not types.NoneType))
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(given, kind.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return dataclasses.replace(
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: [] if value is None else spec.str_from_instance(value),
+    )
 
 
 def _spelled(kind: Any) -> str:
@@ -58,7 +81,7 @@ for _flags in (NetworkFlags, DataFlags, TrainingFlags, TestFlags):
     _flags.__doc__ = "Over the recipe's values."
 StepFlags.__doc__ = "Of the training whose memory is told."
 
-NetworkName = Annotated[str, word("network of the zoo (see `dacnn models`), or FILE.py:factory", "NAME")]
+NetworkName = Annotated[str | None, word("network of the zoo (see `dacnn models`), or FILE.py:factory", "[NAME]")]
 NetworkOrFile = Annotated[str, word("network of the zoo, run directory, .safetensors file or FILE.py:factory", "NAME")]
 Classes = Annotated[int, arg(help="number of classes, for an untrained network")]
 InChannels = Annotated[int, arg(help="channels of an image, for an untrained network")]

@@ -12,8 +12,8 @@ import dacnn
 from c_networks import network_of, tool
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import Program
-from dacnn.deploy.runtime import Compiled
 from dacnn.errors import ArtefactError, ShapeError
+from dacnn.runtime import Compiled
 from interpreter import run
 from reference import one_thread  # noqa: F401  (a fixture)
 

@@ -5,10 +5,10 @@ from typing import Literal
 
 import torch
 
+from dacnn import runtime
 from dacnn.bench.contenders import Artefact, Loaded
 from dacnn.bench.onnx_backends import CALIBRATION_IMAGES, FILE
 from dacnn.bench.torch_backends import load_network
-from dacnn.deploy import runtime
 from dacnn.deploy.c.build import build
 from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.source import to_c

@@ -56,7 +56,9 @@ def export(
     Example: dacnn export runs/first --to onnx-loop --out first.onnx
     """
     from dacnn import tables
-    from dacnn.checkpoint import load
+    from dacnn.checkpoint import check_place, load
+    from dacnn.deploy.c.files import Wanted
+    from dacnn.deploy.export import check_settings
     from dacnn.deploy.export import export as export_network
     from dacnn.errors import ConfigError
     from dacnn.measure.proposals import parse_bytes
@@ -66,25 +68,19 @@ def export(
     if calibrate is not None and dtype != "int8":
         raise ConfigError("--calibrate is given, but float32 has nothing to calibrate: leave it out, or add --dtype int8")
     flash_bytes, ram_bytes = (None if size is None else parse_bytes(size) for size in (flash_budget, ram_budget))
-    network = load(run, into)
+    wanted = Wanted(winograd, build, target, flash_bytes, ram_bytes)
+    check_settings(to, float_input=input == "float", dtype=dtype, form=form, wanted=wanted)
+    check_place(out)
+    network, changes = load(run, into), settings_of(data_settings)
     with bar("loading") as tick:
         compared, what = some_images(
-            run,
-            network,
-            images,
-            data,
-            progress=lambda what, done, total: tick(done, total),
-            **settings_of(data_settings),
+            run, network, images, data, progress=lambda what, done, total: tick(done, total), **changes
         )
     calibration, ranges = None, None
-    if dtype == "int8" and to == "c":
+    if dtype == "int8":
         with bar("calibrating") as tick:
             calibration, ranges = calibration_images(
-                run,
-                network,
-                calibrate,
-                progress=lambda what, done, total: tick(done, total),
-                **settings_of(data_settings),
+                run, network, calibrate, progress=lambda what, done, total: tick(done, total), **changes
             )
     done = export_network(
         network,
@@ -94,12 +90,8 @@ def export(
         dtype=dtype,
         calibration=calibration,
         form=form,
-        winograd=winograd,
-        build=build,
-        target=target,
-        flash_budget=flash_bytes,
-        ram_budget=ram_bytes,
         images=compared,
+        **vars(wanted),
     )
     if json:
         tables.show_json({**done.to_table(), "compared_on": what, **({"ranges_from": ranges} if ranges else {})})

@@ -27,7 +27,7 @@ from dacnn.flags import (
 
 
 def train(
-    network: Positional[NetworkName | None] = None,
+    network: Positional[NetworkName] = None,
     /,
     *,
     data: Source = None,

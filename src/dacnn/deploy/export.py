@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dacnn import runtime
 from dacnn.checkpoint import check_place, replacing, stored_once
-from dacnn.deploy import runtime
 from dacnn.deploy.c.files import Wanted, write_c
 from dacnn.deploy.c.same_bits import check_bits
 from dacnn.deploy.c.source import Winograd
@@ -126,8 +126,9 @@ def export(
         1.0
     """
     wanted = Wanted(winograd, build, target, flash_budget, ram_budget)
-    _check(to, float_input, form, wanted)
-    _check_dtype(to, dtype, calibration, wanted)
+    check_settings(to, float_input=float_input, dtype=dtype, form=form, wanted=wanted)
+    if dtype != "int8" and calibration is not None:
+        raise ConfigError("calibration is given, but float32 has nothing to calibrate: leave it out, or set dtype to 'int8'")
     path = Path(out)
     check_place(path)
     images = noise_images(network.input, _NOISE) if images is None else images
@@ -189,21 +190,23 @@ def integers_of(network: Classifier, calibration: Tensor | None) -> IntegerProgr
     return quantize(program, ranges)
 
 
-def _check_dtype(to: Target, dtype: Dtype, calibration: Tensor | None, wanted: Wanted) -> None:
-    if dtype not in get_args(Dtype):
-        raise UnknownNameError("dtype", dtype, get_args(Dtype))
-    if dtype == "int8" and to != "c":
-        raise ConfigError(f"dtype is 'int8', but '{to}' is written in float32: leave it out, or export to 'c'")
-    if dtype == "int8" and wanted.winograd is not None:
-        raise ConfigError(f"winograd is '{wanted.winograd}', but int8 chooses its convolutions itself: leave it out")
-    if dtype != "int8" and calibration is not None:
-        raise ConfigError("calibration is given, but float32 has nothing to calibrate: leave it out, or set dtype to 'int8'")
+def check_settings(to: Target, *, float_input: bool, dtype: Dtype, form: Form | None, wanted: Wanted) -> None:
+    """Refuse names that do not exist, and what the target does not have.
 
+    Args:
+        to: As `export` takes it, and the others likewise.
+        float_input: See there.
+        dtype: See there.
+        form: See there.
+        wanted: Of C.
 
-def _check(to: Target, float_input: bool, form: Form | None, wanted: Wanted) -> None:
-    """Refuse names that do not exist, and what the target does not have."""
+    Raises:
+        UnknownNameError: There is no such target, form or dtype.
+        ConfigError: Something was given that this target does not have.
+    """
     known = (
         ("target", to, Target),
+        ("dtype", dtype, Dtype),
         ("form", form, Form),
         ("winograd", wanted.winograd, Winograd),
         ("microcontroller", wanted.target, Microcontroller),
@@ -223,6 +226,10 @@ def _check(to: Target, float_input: bool, form: Form | None, wanted: Wanted) -> 
         raise ConfigError(f"{budgets[0]} is given, but not of what: name the microcontroller as target")
     if float_input and to == "c":
         raise ConfigError("input is 'float', but the C code takes uint8 images: leave it out")
+    if dtype == "int8" and to != "c":
+        raise ConfigError(f"dtype is 'int8', but '{to}' is written in float32: leave it out, or export to 'c'")
+    if dtype == "int8" and wanted.winograd is not None:
+        raise ConfigError(f"winograd is '{wanted.winograd}', but int8 chooses its convolutions itself: leave it out")
 
 
 # runs an artefact on images as it takes them

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dacnn.deploy import runtime
+from dacnn import runtime
 from dacnn.deploy.c.integer_source import INTEGER_PATHS
 from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.integers.run import IntegerRun

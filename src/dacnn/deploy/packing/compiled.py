@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dacnn.deploy import runtime
+from dacnn import runtime
 from dacnn.deploy.c.build import build
 from dacnn.deploy.c.source import Winograd, to_c
 from dacnn.deploy.program import Program
