@@ -18,7 +18,7 @@ from dacnn.checkpoint import load, save, stored_once
 from dacnn.config import NetworkConfig
 from dacnn.errors import CheckpointError, ConfigError
 from dacnn.networks.adapted import Adapted
-from dacnn.networks.factory import adapt
+from dacnn.networks.factory import adapted_as
 from dacnn.networks.plan import Input
 from factories import FILE, GROUPS, KERNEL_PARAMETERS, Stateful, Tied, chain, lazy
 from reference import one_thread  # noqa: F401  (a fixture)
@@ -37,7 +37,7 @@ SETTINGS: list[dict[str, Any]] = [
 def made(name: str = "chain", **settings: Any) -> Adapted:
     """A network whose statistics and parameters are nothing special."""
     torch.manual_seed(1)
-    network = adapt(NetworkConfig(f"{FILE}:{name}", **settings), GREY, CLASSES).train()
+    network = adapted_as(NetworkConfig(f"{FILE}:{name}", **settings), GREY, CLASSES).train()
     for _ in range(3):
         network(images())
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_what_is_loaded_into_a_fresh_module_computes_the_same_bits(settings: dic
 def test_it_loads_into_the_converted_module_too_and_into_a_network(settings: dict[str, Any], tmp_path: Path) -> None:
     network = made(**settings)
     save(network, tmp_path / "a")
-    other = adapt(NetworkConfig(f"{FILE}:chain", **settings), GREY, CLASSES)
+    other = adapted_as(NetworkConfig(f"{FILE}:chain", **settings), GREY, CLASSES)
     for into in (other.module, other):
         loaded = load(tmp_path / "a", into)
         assert loaded is not into and torch.equal(loaded(images()), network(images()))
@@ -93,7 +93,7 @@ def test_it_loads_into_the_converted_module_too_and_into_a_network(settings: dic
 def test_a_factory_by_name_is_called_with_what_the_file_says(tmp_path: Path, file: Path) -> None:
     assert torch.equal(load(file, f"{FILE}:chain")(images()), load(file, chain())(images()))
     assert torch.equal(load(file, f"{FILE}:fixed")(images()), load(file, chain())(images()))
-    seven = adapt(NetworkConfig(f"{FILE}:chain", share="all"), Input(), tuple("abcdefg"))
+    seven = adapted_as(NetworkConfig(f"{FILE}:chain", share="all"), Input(), tuple("abcdefg"))
     save(seven, tmp_path / "seven")
     loaded = load(tmp_path / "seven", f"{FILE}:chain")
     assert loaded.classes == tuple("abcdefg") and loaded.input == Input()

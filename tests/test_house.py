@@ -185,6 +185,7 @@ PUBLIC = {
     "Repeat",
     "Stage",
     "TrainingConfig",
+    "adapt",
     "alike",
     "anchor",
     "audit",

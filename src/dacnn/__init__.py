@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dacnn.measure.audit import audit
     from dacnn.measure.count import count
     from dacnn.measure.memory import measure_training_memory, predict_training_memory
+    from dacnn.networks.adapted import adapt
     from dacnn.networks.fold import alike, fold
     from dacnn.networks.network import Network, create
     from dacnn.networks.plan import Block, Input, Layer, Plan, Regulator, Stage
@@ -43,6 +44,7 @@ _HOMES = {
     "Repeat": "sharing.anchors",
     "Stage": "networks.plan",
     "TrainingConfig": "config",
+    "adapt": "networks.adapted",
     "alike": "networks.fold",
     "anchor": "sharing.convert",
     "audit": "measure.audit",
@@ -79,6 +81,7 @@ __all__ = [
     "Repeat",
     "Stage",
     "TrainingConfig",
+    "adapt",
     "alike",
     "anchor",
     "audit",

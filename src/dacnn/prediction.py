@@ -10,7 +10,7 @@ from PIL import Image
 
 from dacnn.data.fit import read_image
 from dacnn.errors import DataError
-from dacnn.networks.classifier import Classifier
+from dacnn.networks.classifier import Classifier, as_network
 
 _BATCH = 64
 
@@ -77,10 +77,11 @@ def predict(
         A prediction for every image file.
 
     Raises:
+        ConfigError: This is no network.
         DataError: A file is missing or no image.
     """
     files = find_images([paths] if isinstance(paths, str | Path) else paths)
-    classes = network.classes
+    classes = as_network(network).classes
     device = next(network.parameters()).device
     predictions: list[Prediction] = []
     for start in range(0, len(files), _BATCH):

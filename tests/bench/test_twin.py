@@ -9,7 +9,7 @@ from dacnn.bench.twin import classifier_only, twin_of
 from dacnn.config import NetworkConfig
 from dacnn.errors import PlanError
 from dacnn.networks.classifier import Classifier
-from dacnn.networks.factory import adapt
+from dacnn.networks.factory import adapted_as
 from dacnn.networks.plan import Input
 
 GREY = Input(32, 32, 1, (0.3,), (0.7,))
@@ -63,7 +63,7 @@ def test_the_twin_of_a_network_of_ours_computes_the_same(settings: dict[str, obj
 @pytest.mark.parametrize("config", [{"share": "all"}, {"share": "template", "templates": 2}], ids=["all", "template"])
 def test_the_twin_of_a_converted_network_computes_the_same(config: dict[str, object]) -> None:
     into = f"{factories.FILE}:chain"
-    network = trained(adapt(NetworkConfig(into, **config), GREY, TEN))  # type: ignore[arg-type]
+    network = trained(adapted_as(NetworkConfig(into, **config), GREY, TEN))  # type: ignore[arg-type]
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     twin = twin_of(network, into)
     check(network, twin)
@@ -73,8 +73,8 @@ def test_the_twin_of_a_converted_network_computes_the_same(config: dict[str, obj
 
 def test_a_network_that_has_no_twin_says_why() -> None:
     into = f"{factories.FILE}:chain"
-    converted = adapt(NetworkConfig(into, share="all", regulator="depthwise"), GREY, TEN)
-    plain = adapt(NetworkConfig(into, share="all"), GREY, TEN)
+    converted = adapted_as(NetworkConfig(into, share="all", regulator="depthwise"), GREY, TEN)
+    plain = adapted_as(NetworkConfig(into, share="all"), GREY, TEN)
     unshared = dacnn.create("dacnn14", width=8, share="none")
     for network, factory, reason in (
         (converted, into, "regulators (depthwise) stand behind its layers"),

@@ -35,7 +35,7 @@ from dacnn.deploy.program import (
 )
 from dacnn.errors import ConfigError, DeployError
 from dacnn.networks.adapted import Adapted
-from dacnn.networks.factory import adapt
+from dacnn.networks.factory import adapted_as
 from dacnn.networks.plan import Input
 from dacnn.networks.zoo import DESIGNS
 from fuzz_c import BATCH, tasks
@@ -99,7 +99,7 @@ def test_a_converted_network_with_depthwise_kernels_gives_the_same_bits() -> Non
 
     config = transformers.MobileNetV1Config(num_labels=3, depth_multiplier=0.25)
     module = foreign.stirred(transformers.MobileNetV1ForImageClassification(config))
-    network = adapt(NetworkConfig(name="foreign.py:make", share="all"), Input(33, 33), CLASSES, module)
+    network = adapted_as(NetworkConfig(name="foreign.py:make", share="all"), Input(33, 33), CLASSES, module)
     check_int8({"MobileNetV1": integers_of(lower(network))}, flags=("-O1",))
 
 

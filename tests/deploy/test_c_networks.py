@@ -10,7 +10,7 @@ from dacnn.config import NetworkConfig
 from dacnn.deploy.c.source import Winograd, to_c
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import Program
-from dacnn.networks.factory import adapt
+from dacnn.networks.factory import adapted_as
 from dacnn.networks.network import create
 from dacnn.networks.plan import Input
 from dacnn.networks.zoo import DESIGNS
@@ -56,7 +56,7 @@ def test_converted_networks_of_transformers(name: str, sizes: dict[str, Any], si
 
     config = getattr(transformers, f"{name}Config")(num_labels=5, **sizes)
     module = foreign.stirred(getattr(transformers, f"{name}ForImageClassification")(config))
-    network = adapt(NetworkConfig(name="foreign.py:make", share="all"), Input(side, side), tuple("abcde"), module)
+    network = adapted_as(NetworkConfig(name="foreign.py:make", share="all"), Input(side, side), tuple("abcde"), module)
     check({name: lower(network)}, relative=RELATIVE)
 
 

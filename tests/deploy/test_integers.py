@@ -33,7 +33,7 @@ from dacnn.deploy.program import (
     Step,
 )
 from dacnn.errors import DeployError
-from dacnn.networks.factory import adapt
+from dacnn.networks.factory import adapted_as
 from dacnn.networks.network import Network, create
 from dacnn.networks.plan import Input, Plan
 from onnx_programs import drawn, program, uint8_images
@@ -96,7 +96,7 @@ def test_converted_networks_of_transformers(name: str, sizes: dict[str, Any], si
 
     config = getattr(transformers, f"{name}Config")(num_labels=5, **sizes)
     module = foreign.stirred(getattr(transformers, f"{name}ForImageClassification")(config))
-    check(lower(adapt(NetworkConfig(name="foreign.py:make", share="all"), Input(side, side), tuple("abcde"), module)))
+    check(lower(adapted_as(NetworkConfig(name="foreign.py:make", share="all"), Input(side, side), tuple("abcde"), module)))
 
 
 @pytest.mark.parametrize("kind", ["relu", "sigmoid", "silu", "hardsigmoid", "hardswish", "gelu", "tanh", "clip"])

@@ -31,7 +31,7 @@ from dacnn.deploy.shapes import shapes
 from dacnn.errors import DeployError, ShapeError
 from dacnn.networks.adapted import Adapted
 from dacnn.networks.classifier import Classifier
-from dacnn.networks.factory import adapt
+from dacnn.networks.factory import adapted_as
 from dacnn.networks.network import Network, create
 from dacnn.networks.plan import Input, Plan
 from dacnn.networks.zoo import DESIGNS
@@ -213,7 +213,7 @@ def foreign_network(name: str, share: Any = "none", **changes: Any) -> Adapted:
             shape = foreign.tensors_of(module(example))[0].shape
         module = Pooled(module, shape[1] if len(shape) == 4 else shape[2])
     config = NetworkConfig(name="foreign.py:make", share=share, **changes)
-    return adapt(config, Input(*example.shape[2:]), FIVE, module)
+    return adapted_as(config, Input(*example.shape[2:]), FIVE, module)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_classifiers_of_transformers_are_lowered(name: str, settings: dict[str, 
 
     config = getattr(transformers, f"{name}Config")(num_labels=len(FIVE), **settings)
     module = foreign.stirred(getattr(transformers, f"{name}ForImageClassification")(config))
-    check(adapt(NetworkConfig(name="foreign.py:make", share="all"), Input(side, side), FIVE, module))
+    check(adapted_as(NetworkConfig(name="foreign.py:make", share="all"), Input(side, side), FIVE, module))
 
 
 # ---------------------------------------------------------------- one thing at a time
@@ -444,13 +444,13 @@ def test_regulators_behind_linear_layers_compute_the_same(kind: str) -> None:
     layers = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 5)]
     config = NetworkConfig(name="x.py:f", share="all", regulator=kind, regulator_rank=rank_of(kind))
     module = foreign.stirred(nn.Sequential(conv(3), *layers))
-    check(adapt(config, Input(8, 8), FIVE, module))
+    check(adapted_as(config, Input(8, 8), FIVE, module))
 
 
 def test_linear_layers_that_share_a_kernel_read_one_tensor() -> None:
     layers = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 5)]
     config = NetworkConfig(name="x.py:f", share="template", templates=2)
-    program = check(adapt(config, Input(8, 8), FIVE, foreign.stirred(nn.Sequential(conv(3), *layers))))
+    program = check(adapted_as(config, Input(8, 8), FIVE, foreign.stirred(nn.Sequential(conv(3), *layers))))
     assert sorted(program.readers().values()) == [1, 1, 2]
 
 

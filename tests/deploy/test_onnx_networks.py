@@ -15,7 +15,7 @@ from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.program import Program
 from dacnn.deploy.roll import roll
 from dacnn.networks.classifier import Classifier
-from dacnn.networks.factory import adapt
+from dacnn.networks.factory import adapted_as
 from dacnn.networks.network import Network, create
 from dacnn.networks.plan import Input, Plan
 from dacnn.networks.zoo import DESIGNS
@@ -77,7 +77,7 @@ def test_converted_networks_of_transformers_go_through_both_forms(name: str, siz
 
     config = getattr(transformers, f"{name}Config")(num_labels=5, **sizes)
     module = foreign.stirred(getattr(transformers, f"{name}ForImageClassification")(config))
-    rolled = check(adapt(NetworkConfig(name="foreign.py:make", share="all"), Input(side, side), tuple("abcde"), module))
+    rolled = check(adapted_as(NetworkConfig(name="foreign.py:make", share="all"), Input(side, side), tuple("abcde"), module))
     for form in FORMS:
         # what a runtime makes of it holds no kernel twice; blocks of channels are filled up
         assert optimised_bytes(to_onnx_loop(rolled, form=form)) <= 1.1 * rolled.stored_bytes + 32 * 1024

@@ -16,7 +16,7 @@ from dacnn.deploy.pt2 import to_pt2
 from dacnn.errors import DeployError
 from dacnn.networks.adapted import Adapted
 from dacnn.networks.classifier import Classifier
-from dacnn.networks.factory import adapt
+from dacnn.networks.factory import adapted_as
 from dacnn.networks.network import Network, create
 from dacnn.networks.plan import Input, Plan
 from dacnn.networks.zoo import DESIGNS
@@ -69,7 +69,7 @@ def test_a_converted_network_of_transformers_is_exported() -> None:
 
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic", num_labels=5)
     module = foreign.stirred(transformers.ResNetForImageClassification(config))
-    check(adapt(NetworkConfig(name="foreign.py:make", share="all"), Input(32, 32), tuple("abcde"), module))
+    check(adapted_as(NetworkConfig(name="foreign.py:make", share="all"), Input(32, 32), tuple("abcde"), module))
 
 
 def test_what_pytorch_cannot_export_is_refused_in_one_line() -> None:

@@ -13,7 +13,7 @@ from dacnn.checkpoint import save
 from dacnn.config import NetworkConfig
 from dacnn.errors import ConfigError
 from dacnn.measure.proposals import UNSHARED, Proposal, parse_bytes, propose_sharing
-from dacnn.networks.factory import adapt
+from dacnn.networks.factory import adapted_as
 from dacnn.networks.plan import Input
 from factories import FILE, KERNEL_PARAMETERS
 from reference import one_thread  # noqa: F401  (a fixture)
@@ -44,7 +44,7 @@ def built(config: NetworkConfig, proposal: Proposal) -> torch.nn.Module:
         settings |= {"regulator": "none", "regulator_rank": None}
     config = dataclasses.replace(config, **settings)
     if ".py:" in config.name:
-        return adapt(config, GREY, TEN)
+        return adapted_as(config, GREY, TEN)
     return dacnn.create(config, in_channels=1, num_classes=10)
 
 

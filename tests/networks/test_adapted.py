@@ -2,9 +2,13 @@
 
 import copy
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import dacnn
@@ -138,3 +142,69 @@ def test_a_copy_that_shares_nothing_with_its_original() -> None:
 
 def test_a_state_that_is_no_tensor_is_no_obstacle_to_running() -> None:
     assert Adapted(Stateful(), GREY, TEN).try_out()(images(GREY)).shape == (3, 10)
+
+
+def test_a_module_that_its_owner_shared_and_trained_ships_like_a_network_of_ours(tmp_path: Path) -> None:
+    shared, _ = dacnn.anchor(chain(10, 3), "all")
+    optimizer = torch.optim.SGD(shared.parameters(), 0.01)
+    for _ in range(3):
+        F.cross_entropy(shared(torch.randn(8, 3, 24, 32)), torch.arange(8)).backward()
+        optimizer.step()
+    network = dacnn.adapt(shared, COLOUR, 10).eval()
+    assert network.module is shared and network.classes == TEN
+    expected = shared(normalised(images(COLOUR), COLOUR))
+    torch.testing.assert_close(network(images(COLOUR)), expected, rtol=1e-4, atol=1e-5)
+    counts = dacnn.count(network)
+    assert counts.stored_parameters < counts.used_parameters
+    assert dacnn.export(network, "onnx", tmp_path / "net.onnx").parity.top1_agreement == 1
+    assert dacnn.audit(tmp_path / "net.onnx", against=None).single
+    torch.testing.assert_close(dacnn.pack(network)(images(COLOUR)), expected, rtol=1e-3, atol=1e-4)
+    dacnn.save(network, tmp_path / "net.safetensors")
+    again = dacnn.load(tmp_path / "net.safetensors", into=chain(10, 3))
+    assert isinstance(again, Adapted) and again.input == COLOUR and again.classes == TEN
+    assert torch.equal(again(images(COLOUR)), network(images(COLOUR)))
+
+
+def test_adapting_keeps_the_mode_and_takes_names() -> None:
+    network = dacnn.adapt(chain(2, 3).train(), COLOUR, ["cat", "dog"])
+    assert network.module.training and network.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("chain.py", COLOUR, 10), "module is a str: expected an nn.Module"),
+        ((dacnn.create("dacnn3", width=8), COLOUR, 10), "module is a network already"),
+        ((chain(10, 3), (24, 32), 10), r"input is a tuple: expected dacnn.Input\(height, width"),
+        ((chain(10, 3), COLOUR, 0), "classes is 0: expected names, or a number from 1"),
+        ((chain(10, 3), COLOUR, "cat"), "classes is 'cat': expected names"),
+        ((chain(10, 3), COLOUR, 7), r"gives \(2, 10\) for 2 images: expected logits of shape \(2, 7\)"),
+        ((chain(10, 3), GREY, 10), "Sequential does not run on images of N x 1 x 32 x 32"),
+    ],
+    ids=range(7),
+)
+def test_what_cannot_be_adapted_is_refused(given: tuple[Any, Any, Any], says: str) -> None:
+    with pytest.raises((ConfigError, ShapeError), match=says):
+        dacnn.adapt(*given)
+
+
+@pytest.mark.parametrize("found", [nn.Conv2d(3, 3, 3), "runs/a", None], ids=["module", "str", "None"])
+def test_what_takes_a_network_says_so_of_anything_else(found: Any, tmp_path: Path) -> None:
+    picture = tmp_path / "black.png"
+    Image.new("RGB", (32, 32)).save(picture)
+    got = rf"got {type(found).__name__}: expected a network"
+    for call in (
+        dacnn.count,
+        dacnn.pack,
+        dacnn.alike,
+        dacnn.fold,
+        dacnn.rival,
+        dacnn.predict_training_memory,
+        dacnn.measure_training_memory,
+        lambda found: dacnn.predict(found, picture),
+        lambda found: dacnn.evaluate(found, "digits"),
+        lambda found: dacnn.export(found, "onnx", tmp_path / "net.onnx"),
+    ):
+        with pytest.raises(ConfigError, match=got):
+            call(found)
+    assert [path.name for path in tmp_path.iterdir()] == ["black.png"]

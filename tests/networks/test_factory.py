@@ -11,7 +11,7 @@ from torch import nn
 
 from dacnn.config import NetworkConfig
 from dacnn.errors import ConfigError, DacnnError, PlanError, ShapeError
-from dacnn.networks.factory import adapt, is_factory, make_module, rule_of
+from dacnn.networks.factory import adapted_as, is_factory, make_module, rule_of
 from dacnn.networks.plan import Input
 from dacnn.sharing.regulators import LowRank, Pointwise
 from factories import FILE, GROUPS, KERNEL_PARAMETERS, Views, anchored, chain
@@ -41,7 +41,7 @@ def refused(name: str) -> str:
 
 def adapted(**settings: Any) -> Any:
     module = settings.pop("module", None)
-    return adapt(NetworkConfig(settings.pop("name", f"{FILE}:chain"), **settings), GREY, TEN, module)
+    return adapted_as(NetworkConfig(settings.pop("name", f"{FILE}:chain"), **settings), GREY, TEN, module)
 
 
 # ---------------------------------------------------------------- calling a factory

@@ -7,9 +7,10 @@ from sklearn.metrics import confusion_matrix, log_loss, precision_score, recall_
 from torch import Tensor, nn
 
 import dacnn
-from dacnn.config import TrainingConfig
+from dacnn.config import DataConfig, TrainingConfig
 from dacnn.data.imageset import MemoryImages
-from dacnn.errors import DataError
+from dacnn.data.sources import load_test
+from dacnn.errors import DataError, UnknownNameError
 from dacnn.training.evaluate import evaluate
 from dacnn.training.precision import choose
 
@@ -81,3 +82,13 @@ def test_fewer_than_five_classes_are_all_among_the_first_five(images: MemoryImag
 def test_no_images_are_an_error(images: MemoryImages, network: nn.Module) -> None:
     with pytest.raises(DataError, match="no images to evaluate"):
         evaluate(network, MemoryImages(images.images_nhwc[:0], images.labels[:0], CLASSES))
+
+
+def test_a_data_set_is_named_by_its_name() -> None:
+    network = dacnn.create("dacnn3", width=8, in_channels=1, seed=0)
+    found = dacnn.evaluate(network, "digits")
+    images = load_test(DataConfig("digits"), network.input, network.classes)
+    assert found.images == len(images) == int(found.confusion.sum())
+    assert found.top1 == evaluate(network, images).top1
+    with pytest.raises(UnknownNameError, match="unknown data set 'cifar11'"):
+        dacnn.evaluate(network, "cifar11")

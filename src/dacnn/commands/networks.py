@@ -172,7 +172,7 @@ def count(
     from dacnn.measure.count import count as count_network
     from dacnn.measure.memory import measure_training_memory, predict_training_memory
     from dacnn.networks.adapted import Adapted
-    from dacnn.networks.factory import adapt
+    from dacnn.networks.factory import adapted_as
     from dacnn.networks.plan import Plan
     from dacnn.networks.rival import rival
     from dacnn.training.precision import best_device, choose
@@ -183,7 +183,7 @@ def count(
     if isinstance(shown, Plan):
         sides |= {"unshared twin": shown.unshared(), "equal-bytes rival": rival(shown)}
     else:
-        sides["unshared twin"] = adapt(NetworkConfig(network), shown.input, shown.classes)
+        sides["unshared twin"] = adapted_as(NetworkConfig(network), shown.input, shown.classes)
     execution = choose(training, best_device(), foreign=not isinstance(shown, Plan))
     if measure:
         # the profiler that measures would tell of itself on standard error
@@ -208,12 +208,12 @@ def _shown(network: str, into: str | None, classes: int, in_channels: int, size:
     """The plan of a network of the zoo, or of a trained one; of a foreign one, which has none, the network itself."""
     from dacnn.checkpoint import load
     from dacnn.networks.adapted import Adapted
-    from dacnn.networks.factory import adapt, is_factory
+    from dacnn.networks.factory import adapted_as, is_factory
     from dacnn.networks.network import Network
     from dacnn.networks.zoo import DESIGNS
 
     if is_factory(network):
-        return adapt(NetworkConfig(network, **settings_of(flags)), _input(in_channels, size), _names(classes))
+        return adapted_as(NetworkConfig(network, **settings_of(flags)), _input(in_channels, size), _names(classes))
     if network in DESIGNS or not Path(network).exists():
         return _plan(NetworkConfig(network, **settings_of(flags)), classes, in_channels, size)
     refuse_settings(network, flags)

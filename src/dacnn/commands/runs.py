@@ -104,7 +104,7 @@ def eval(
     from dacnn.draw import check_picture, draw_confusion
     from dacnn.measure.count import count
     from dacnn.networks.classifier import Classifier
-    from dacnn.networks.factory import adapt, is_factory
+    from dacnn.networks.factory import adapted_as, is_factory
     from dacnn.progress import bar
     from dacnn.training.evaluate import evaluate
     from dacnn.training.precision import best_device
@@ -119,7 +119,7 @@ def eval(
             raise ConfigError(f"{run} makes a network that saw no data set: name one with --data, and leave out --into")
         config = DataConfig(data, **settings_of(data_settings))
         splits = load_data(config)
-        network = adapt(NetworkConfig(str(run), **settings_of(network_settings)), splits.input, splits.classes).eval()
+        network = adapted_as(NetworkConfig(str(run), **settings_of(network_settings)), splits.input, splits.classes).eval()
     else:
         refuse_settings(str(run), network_settings, data_settings)
         network = load(run, into)

@@ -27,7 +27,7 @@ from dacnn.deploy.parity import Parity, check, measure, noise_images, reference_
 from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll
 from dacnn.errors import ConfigError, DeployError, ShapeError, UnknownNameError
-from dacnn.networks.classifier import Classifier
+from dacnn.networks.classifier import Classifier, as_network
 
 # N images, H rows, W columns, C channels, K classes
 
@@ -131,6 +131,7 @@ def export(
         raise ConfigError("calibration is given, but float32 has nothing to calibrate: leave it out, or set dtype to 'int8'")
     path = Path(out)
     check_place(path)
+    network = as_network(network)
     images = noise_images(network.input, _NOISE) if images is None else images
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.ndim != 4:
         found = f"{images.dtype}, {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__

@@ -18,7 +18,7 @@ from dacnn.deploy.lowering.windows import WINDOWS
 from dacnn.deploy.program import IMAGES, Operation, Program, ScaleShift, references
 from dacnn.deploy.shapes import flat_steps
 from dacnn.errors import DeployError
-from dacnn.networks.classifier import Classifier
+from dacnn.networks.classifier import Classifier, as_network
 from dacnn.networks.network import Network
 
 # of the largest logit: what rounding alone makes, and a pixel of padding does not
@@ -43,9 +43,11 @@ def lower(network: Classifier) -> Program:
     Raises:
         DeployError: An operation of the network is no step of a Program, the network cannot be exported, or its values are no
             numbers.
+        ConfigError: This is no network.
         PlanError: It cannot be copied.
         ShapeError: It gives no logits.
     """
+    network = as_network(network)
     graph = Graph(network)
     translation = Translation(graph, WEIGHTED | WINDOWS | POINTWISE | RESHAPES)
     logits = translation.run()

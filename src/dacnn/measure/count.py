@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dacnn.checkpoint import stored_once
 from dacnn.measure.live import LiveTensors
-from dacnn.networks.classifier import Classifier
+from dacnn.networks.classifier import Classifier, as_network
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
 
@@ -51,12 +51,16 @@ def count(network: Classifier | Plan) -> Counts:
     Returns:
         The counts.
 
+    Raises:
+        ConfigError: This is no network.
+
     Example:
         >>> import dacnn
         >>> counts = dacnn.count(dacnn.create("dacnn14", num_classes=100))
         >>> counts.stored_parameters, counts.used_parameters
         (167140, 1789156)
     """
+    network = network if isinstance(network, Plan) else as_network(network)
     if isinstance(network, Plan | Network):
         with torch.device("meta"):
             twin: Classifier = Network(network if isinstance(network, Plan) else network.plan)

@@ -30,7 +30,7 @@ from dacnn.data.sources import Splits
 from dacnn.measure.live import LiveTensors, Workspace
 from dacnn.measure.workspace import cpu_workspace_bytes
 from dacnn.networks.adapted import Adapted
-from dacnn.networks.classifier import Classifier
+from dacnn.networks.classifier import Classifier, as_network
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
 from dacnn.training.loop import Loop
@@ -210,6 +210,8 @@ def _settled(
     network: Network | Plan | Adapted, training: TrainingConfig | None, execution: Execution | None
 ) -> tuple[TrainingConfig, Execution]:
     """The defaults filled in."""
+    if not isinstance(network, Plan):
+        as_network(network)
     training = training or TrainingConfig()
     if execution is None:
         execution = choose(training, "cpu" if training.device == "cpu" else best_device(), foreign=isinstance(network, Adapted))

@@ -15,7 +15,7 @@ from dacnn.checkpoint import stored_once
 from dacnn.config import NetworkConfig
 from dacnn.errors import ConfigError, PlanError
 from dacnn.networks.classifier import Classifier
-from dacnn.networks.factory import adapt, is_factory, make_module
+from dacnn.networks.factory import adapted_as, is_factory, make_module
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Input, Plan
 from dacnn.networks.zoo import plan_of
@@ -94,7 +94,7 @@ def maker(config: NetworkConfig, input: Input, classes: tuple[str, ...]) -> Make
         module = make_module(config.name, num_classes=len(classes), in_channels=input.channels)
 
     def build(config: NetworkConfig) -> Classifier | Plan:
-        return plan_of(config, input, classes) if module is None else adapt(config, input, classes, module)
+        return plan_of(config, input, classes) if module is None else adapted_as(config, input, classes, module)
 
     def make(settings: Settings) -> Classifier | Plan:
         asked = dataclasses.replace(config, **settings)

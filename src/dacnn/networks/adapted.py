@@ -1,7 +1,7 @@
 """A foreign module as a network of this library: trained, measured, stored and shipped like one of ours."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -106,3 +106,41 @@ class Adapted(Classifier):
                 f"one for each of the {len(self.classes)} classes"
             )
         return y
+
+
+def adapt(module: nn.Module, input: Input, classes: Sequence[str] | int) -> Adapted:
+    """Make a network of a module, for `save`, `count`, `evaluate`, `predict`, `export` and `pack`, however it was trained.
+
+    Args:
+        module: Takes normalised floats N x C x H x W and gives logits N x K; converted by `dacnn.anchor` or not. It becomes a
+            part of the network, in the mode that it is in, and is run once, on black images.
+        input: The size of its images, and the mean and deviation, on the scale 0 to 1, that they were normalised by when it
+            was trained: the network takes uint8 images, too.
+        classes: Their names in the order of the logits, or how many there are.
+
+    Returns:
+        The network.
+
+    Raises:
+        ConfigError: This is no module, or one without parameters, or there are no classes.
+        ShapeError: The module does not run on such images, or gives something else than a logit for every class.
+
+    Example:
+        >>> import dacnn
+        >>> from torch import nn
+        >>> convolutions = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)]
+        >>> module = nn.Sequential(nn.Conv2d(3, 8, 1), *convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+        >>> shared, _ = dacnn.anchor(module, "all")
+        >>> network = dacnn.adapt(shared, dacnn.Input(16, 16), ["ant", "bee", "cat", "dog", "eel"])
+        >>> len(dacnn.pack(network.eval()).steps.held.packed)
+        2
+    """
+    if not isinstance(module, nn.Module) or isinstance(module, Classifier):
+        kind = "a network already" if isinstance(module, Classifier) else f"a {type(module).__name__}"
+        raise ConfigError(f"module is {kind}: expected an nn.Module that is no network yet")
+    if not isinstance(input, Input):
+        raise ConfigError(f"input is a {type(input).__name__}: expected dacnn.Input(height, width, ...)")
+    names = tuple(map(str, range(classes) if isinstance(classes, int) else classes))
+    if not names or isinstance(classes, str):
+        raise ConfigError(f"classes is {classes!r}: expected names, or a number from 1")
+    return Adapted(module, input, names).try_out()

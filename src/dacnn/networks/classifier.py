@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dacnn.errors import ShapeError
+from dacnn.errors import ConfigError, ShapeError
 from dacnn.networks.normalize import Normalize
 from dacnn.networks.plan import Input
 from dacnn.sharing.anchors import Anchors
@@ -90,3 +90,24 @@ class Classifier(nn.Module):
             Shape (N, K).
         """
         raise NotImplementedError
+
+
+def as_network(found: object) -> Classifier:
+    """Refuse what is no network of this library, before something of it is asked for.
+
+    Args:
+        found: What a caller gave; of a compiled one, that which was compiled is taken.
+
+    Returns:
+        The network.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    found = getattr(found, "_orig_mod", found)
+    if not isinstance(found, Classifier):
+        raise ConfigError(
+            f"got {type(found).__name__}: expected a network: dacnn.create makes one, dacnn.load reads one, "
+            "and dacnn.adapt makes one of a module of yours"
+        )
+    return found

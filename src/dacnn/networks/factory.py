@@ -158,7 +158,7 @@ def rule_of(config: NetworkConfig) -> tuple[Rule, int | None]:
     return ("all", config.templates or _TEMPLATES) if share == "template" else (share, None)
 
 
-def adapt(config: NetworkConfig, input: Input, classes: tuple[str, ...], module: nn.Module | None = None) -> Adapted:
+def adapted_as(config: NetworkConfig, input: Input, classes: tuple[str, ...], module: nn.Module | None = None) -> Adapted:
     """Make a foreign module a network, its kernels shared as a config says.
 
     Args:

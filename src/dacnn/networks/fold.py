@@ -16,7 +16,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from dacnn.errors import ConfigError, PlanError
-from dacnn.networks.network import Network
+from dacnn.networks.network import Network, as_planned
 from dacnn.networks.plan import Layer
 from dacnn.sharing.anchors import Combine
 from dacnn.sharing.start import take_up
@@ -66,8 +66,10 @@ def alike(network: Network) -> list[Bank]:
 
     Raises:
         PlanError: The network has no bank.
+        ConfigError: This is no network of a plan.
     """
-    return [Bank(name, tuple(layer.name for layer in layers), _cosines(kernels)) for name, layers, kernels in _banks(network)]
+    banks = _banks(as_planned(network))
+    return [Bank(name, tuple(layer.name for layer in layers), _cosines(kernels)) for name, layers, kernels in banks]
 
 
 def fold(network: Network, *, kernels: int | None = None, similarity: float | None = None) -> tuple[Network, Fold]:
@@ -83,8 +85,9 @@ def fold(network: Network, *, kernels: int | None = None, similarity: float | No
 
     Raises:
         PlanError: The network has no bank.
-        ConfigError: A number is out of range, or both are given.
+        ConfigError: A number is out of range, or both are given, or this is no network of a plan.
     """
+    network = as_planned(network)
     if kernels is not None and similarity is not None:
         raise ConfigError(f"fold got kernels = {kernels} and similarity = {similarity}: give one of them")
     if kernels is not None and kernels < 1:

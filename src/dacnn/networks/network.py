@@ -241,3 +241,21 @@ def create(
         plan = plan_of(config, input, tuple(map(str, range(classes))))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return Network(plan, generator)
+
+
+def as_planned(found: object) -> Network:
+    """Refuse what is no network that was made from a plan, before its plan is asked for.
+
+    Args:
+        found: What a caller gave; of a compiled one, that which was compiled is taken.
+
+    Returns:
+        The network.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    found = getattr(found, "_orig_mod", found)
+    if not isinstance(found, Network):
+        raise ConfigError(f"got {type(found).__name__}: expected a network that has a plan: dacnn.create makes one")
+    return found

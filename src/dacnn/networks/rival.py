@@ -6,7 +6,7 @@ import itertools
 
 from dacnn.errors import PlanError
 from dacnn.measure.count import count
-from dacnn.networks.network import Network
+from dacnn.networks.network import Network, as_planned
 from dacnn.networks.plan import Layer, Plan
 
 
@@ -23,6 +23,7 @@ def rival(network: Network | Plan) -> Plan:
         The plan, without regulators.
 
     Raises:
+        ConfigError: This is no network of a plan.
         PlanError: Even of one channel a layer, the unshared network stores more.
 
     Example:
@@ -30,7 +31,7 @@ def rival(network: Network | Plan) -> Plan:
         >>> dacnn.rival(dacnn.create("dacnn14", num_classes=100)).stem.out_channels
         38
     """
-    plan = network if isinstance(network, Plan) else network.plan
+    plan = network if isinstance(network, Plan) else as_planned(network).plan
     budget = count(plan).stored_parameters
     twin = plan.unshared()
     widest = max(layer.out_channels for layer in twin.layers())

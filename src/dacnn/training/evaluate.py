@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dacnn.config import DataConfig
 from dacnn.data.batches import ahead
 from dacnn.data.imageset import ImageSet
+from dacnn.data.sources import load_test
 from dacnn.errors import DataError
-from dacnn.networks.classifier import Classifier
+from dacnn.networks.classifier import Classifier, as_network
 from dacnn.training.precision import Execution
 
 # N images, K classes
@@ -54,7 +57,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
-    images: ImageSet,
+    images: ImageSet | str | Path,
     *,
     prepare: Callable[[Tensor], Tensor] | None = None,
     execution: Execution | None = None,
@@ -67,7 +70,7 @@ def evaluate(
 
     Args:
         network: From images to logits; left in the mode it is in now, but run in evaluation mode.
-        images: The images.
+        images: The images, or a data set by its name or place, whose test images a network of this library is measured on.
         prepare: From uint8 N x H x W x C to what the network takes; None: the network takes that itself.
         execution: Precision and processes; None: float32, one process.
         batch_size: Images of one forward pass.
@@ -79,8 +82,17 @@ def evaluate(
         The measurement, the same on every process.
 
     Raises:
-        DataError: There are no images.
+        DataError: There are no images, or the data set cannot be read, or has other classes.
+        UnknownNameError: There is no such data set.
+        ConfigError: A data set is named, but this is no network of this library.
+
+    Example::
+
+        print(dacnn.evaluate(dacnn.load("runs/a"), "cifar10").top1)
     """
+    if isinstance(images, str | Path):
+        of = as_network(network)
+        images = load_test(DataConfig(source=str(images)), of.input, of.classes)
     if len(images) == 0:
         raise DataError("no images to evaluate: expected 1 or more")
     classes = images.classes

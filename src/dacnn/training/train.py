@@ -19,7 +19,7 @@ from dacnn.data.sources import Splits, load_data
 from dacnn.errors import CheckpointError, ConfigError, Interrupted, TrainingError
 from dacnn.networks.adapted import Adapted
 from dacnn.networks.classifier import Classifier
-from dacnn.networks.factory import adapt, is_factory, rule_of
+from dacnn.networks.factory import adapted_as, is_factory, rule_of
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
 from dacnn.networks.zoo import design_of, plan_of
@@ -277,7 +277,7 @@ def _network(plan: Plan | None, module: nn.Module | None, config: Config, splits
     seed, name, start = config.training.seed, config.network.name, config.training.weights
     if plan is None and (module is not None or is_factory(name)):
         torch.manual_seed(seed)
-        adapted = adapt(config.network, splits.input, splits.classes, module)
+        adapted = adapted_as(config.network, splits.input, splits.classes, module)
         return adapted if start is None else _same_images(cast(Classifier, load(start, adapted)), splits, start)
     if plan is None and name.startswith(_FROM_PYTHON):
         raise ConfigError(f"'{name}' was given from Python: go on from there, dacnn.train(module, out=..., resume=True)")
