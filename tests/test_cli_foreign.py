@@ -161,6 +161,17 @@ def test_plan_compares_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     assert "values in int8" in text and "--share template --templates 2" in text and "100.0%" in text
 
 
+@pytest.mark.parametrize("command", ["plan", "count", "show"])
+def test_a_factory_that_nobody_tells_how_many_classes_there_are_has_its_own(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output(f"{command} {FILE}:seven_classes --in-channels 1", capsys)
+    # one that takes an argument and has a default, and one that has none
+    for name in ("chain", "lazy"):
+        told, untold = (output(f"{command} {FILE}:{name} --in-channels 1{more}", capsys) for more in (" --classes 10", ""))
+        assert told == untold
+
+
 def test_plan_chooses_what_train_then_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = table(f"plan {CHAIN} --in-channels 1 --budget 9kB", capsys)
     assert result["chosen"]["stored_bytes"] <= 9000

@@ -83,7 +83,13 @@ StepFlags.__doc__ = "Of the training whose memory is told."
 
 NetworkName = Annotated[str | None, word("network of the zoo (see `dacnn models`), or FILE.py:factory", "[NAME]")]
 NetworkOrFile = Annotated[str, word("network of the zoo, run directory, .safetensors file or FILE.py:factory", "NAME")]
-Classes = Annotated[int, arg(help="number of classes, for an untrained network")]
+Classes = Annotated[
+    int | None,
+    word(
+        "number of classes, for an untrained network (default: of the zoo 100, of a factory its own, or 10)",
+        "INT",
+    ),
+]
 InChannels = Annotated[int, arg(help="channels of an image, for an untrained network")]
 Size = Annotated[int, arg(help="side of an image in pixels, for an untrained network")]
 RunPath = Annotated[Path, word("run directory, or a .safetensors file", "RUN")]

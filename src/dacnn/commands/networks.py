@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from dacnn.networks.adapted import Adapted
     from dacnn.networks.plan import Input, Plan
 
+# classes in the paper's tables
+_PAPERS = 100
+
 
 def models(
     *,
-    classes: Annotated[int, arg(help="number of classes")] = 100,
+    classes: Annotated[int, arg(help="number of classes")] = _PAPERS,
     json: Json = False,
 ) -> None:
     """List the networks of the zoo: what they store, what they use, what they compute.
@@ -46,7 +49,7 @@ def models(
 
     rows: list[dict[str, Any]] = []
     for name, design in DESIGNS.items():
-        plan = _plan(NetworkConfig(name), classes, 3, 32)
+        plan = _plan(NetworkConfig(name), _numbers(classes), 3, 32)
         regulator = design.regulator.kind if design.regulator else None
         rows.append(
             {
@@ -69,7 +72,7 @@ def show(
     network: Positional[NetworkOrFile],
     /,
     *,
-    classes: Classes = 100,
+    classes: Classes = None,
     in_channels: InChannels = 3,
     size: Size = 32,
     into: Into = None,
@@ -120,9 +123,9 @@ def plan(
         word("propose the least sharing that stores no more than this, such as 100kB; a file adds some kB", "BYTES"),
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "int8"], word("format in which the values are stored")] = "float32",
-    classes: Annotated[int, arg(help="number of classes")] = 10,
-    in_channels: Annotated[int, arg(help="channels of an image")] = 3,
-    size: Annotated[int, arg(help="side of an image in pixels")] = 32,
+    classes: Classes = None,
+    in_channels: InChannels = 3,
+    size: Size = 32,
     json: Json = False,
     network_settings: OmitArgPrefixes[NetworkFlags] = NetworkFlags(),  # type: ignore[valid-type]  # noqa: B008
 ) -> None:
@@ -137,7 +140,7 @@ def plan(
     found, chosen = propose_sharing(
         config,
         _input(in_channels, size),
-        _names(classes),
+        _names(classes, network, in_channels, size),
         budget_bytes=None if budget is None else parse_bytes(budget),
         bytes_per_value={"float32": 4, "bfloat16": 2, "int8": 1}[dtype],
     )
@@ -156,7 +159,7 @@ def count(
     network: Positional[NetworkOrFile],
     /,
     *,
-    classes: Classes = 100,
+    classes: Classes = None,
     in_channels: InChannels = 3,
     size: Size = 32,
     measure: Annotated[bool, word("train two steps for each, and tell what the allocator says as well")] = False,
@@ -204,7 +207,7 @@ def count(
         tables.show(tables.count_table(columns, training, execution))
 
 
-def _shown(network: str, into: str | None, classes: int, in_channels: int, size: int, flags: object) -> "Adapted | Plan":
+def _shown(network: str, into: str | None, classes: int | None, in_channels: int, size: int, flags: object) -> "Adapted | Plan":
     """The plan of a network of the zoo, or of a trained one; of a foreign one, which has none, the network itself."""
     from dacnn.checkpoint import load
     from dacnn.networks.adapted import Adapted
@@ -212,10 +215,11 @@ def _shown(network: str, into: str | None, classes: int, in_channels: int, size:
     from dacnn.networks.network import Network
     from dacnn.networks.zoo import DESIGNS
 
+    names = _names(classes, network, in_channels, size)
     if is_factory(network):
-        return adapted_as(NetworkConfig(network, **settings_of(flags)), _input(in_channels, size), _names(classes))
+        return adapted_as(NetworkConfig(network, **settings_of(flags)), _input(in_channels, size), names)
     if network in DESIGNS or not Path(network).exists():
-        return _plan(NetworkConfig(network, **settings_of(flags)), classes, in_channels, size)
+        return _plan(NetworkConfig(network, **settings_of(flags)), names, in_channels, size)
     refuse_settings(network, flags)
     loaded = load(network, into)
     assert isinstance(loaded, Adapted | Network)
@@ -229,13 +233,21 @@ def _input(channels: int, size: int) -> "Input":
     return Input(size, size, channels, mean=(0.5,) * channels, std=(0.25,) * channels)
 
 
-def _names(classes: int) -> tuple[str, ...]:
-    """Names of so many classes."""
+def _names(classes: int | None, network: str, channels: int, size: int) -> tuple[str, ...]:
+    """Names of so many classes, of an untrained network; where nobody says how many, those that a factory's module has."""
+    from dacnn.networks.factory import classes_of, is_factory
+
+    if classes is None and is_factory(network):
+        return classes_of(network, _input(channels, size))
+    return _numbers(_PAPERS if classes is None else classes)
+
+
+def _numbers(classes: int) -> tuple[str, ...]:
     return tuple(map(str, range(classes)))
 
 
-def _plan(config: NetworkConfig, classes: int, channels: int, size: int) -> "Plan":
+def _plan(config: NetworkConfig, classes: tuple[str, ...], channels: int, size: int) -> "Plan":
     """The plan of a network that has no data set yet."""
     from dacnn.networks.zoo import plan_of
 
-    return plan_of(config, _input(channels, size), _names(classes))
+    return plan_of(config, _input(channels, size), classes)

@@ -14,6 +14,7 @@ import torch
 from dacnn.checkpoint import stored_once
 from dacnn.config import NetworkConfig
 from dacnn.errors import ConfigError, PlanError
+from dacnn.networks.adapted import Adapted
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.factory import adapted_as, is_factory, make_module
 from dacnn.networks.network import Network
@@ -86,12 +87,15 @@ def maker(config: NetworkConfig, input: Input, classes: tuple[str, ...]) -> Make
 
     Raises:
         ConfigError: The factory cannot be called.
+        ShapeError: The module does not run on such images, or does not give a logit for every class.
     """
     # where kernels begin changes no size
     config = dataclasses.replace(config, start=None)
     module = None
     if is_factory(config.name):
         module = make_module(config.name, num_classes=len(classes), in_channels=input.channels)
+        # it is copied for every way: lazy layers have their shapes first
+        Adapted(module, input, classes).try_out()
 
     def build(config: NetworkConfig) -> Classifier | Plan:
         return plan_of(config, input, classes) if module is None else adapted_as(config, input, classes, module)

@@ -95,9 +95,7 @@ class Adapted(Classifier):
         if x.is_contiguous():
             # an image of one channel lies in memory as in either order: a convolution goes by the strides
             x = x.flatten().view(x.shape)
-        given: Any = self.module(x)
-        given = getattr(given, "logits", given)
-        y = given[0] if isinstance(given, tuple | list) else given
+        y = _logits(self.module(x))
         expected = (x.shape[0], len(self.classes))
         if not isinstance(y, Tensor) or tuple(y.shape) != expected:
             found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -106,6 +104,38 @@ class Adapted(Classifier):
                 f"one for each of the {len(self.classes)} classes"
             )
         return y
+
+
+def _logits(given: Any) -> Any:
+    """What a module means by its logits."""
+    given = getattr(given, "logits", given)
+    return given[0] if isinstance(given, tuple | list) else given
+
+
+@torch.no_grad()
+def count_logits(module: nn.Module, input: Input) -> int:
+    """How many classes a module tells apart.
+
+    Args:
+        module: The module; it is put into evaluation mode and run once, on black images.
+        input: What it takes.
+
+    Returns:
+        K.
+
+    Raises:
+        ShapeError: It does not run on such images, or gives no logits.
+    """
+    kind, size = type(module).__name__, (input.channels, input.height, input.width)
+    try:
+        y = _logits(module.eval()(torch.zeros(2, *size)))
+    except Exception as error:
+        expected = " x ".join(map(str, ("N", *size)))
+        raise ShapeError(f"{kind} does not run on images of {expected}: {told(error)}") from error
+    if not isinstance(y, Tensor) or y.ndim != 2 or y.shape[0] != 2:
+        found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise ShapeError(f"{kind} gives {found} for 2 images: expected logits, N x K")
+    return y.shape[1]
 
 
 def adapt(module: nn.Module, input: Input, classes: Sequence[str] | int) -> Adapted:

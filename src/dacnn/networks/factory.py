@@ -16,7 +16,7 @@ from torch import nn
 
 from dacnn.config import NetworkConfig
 from dacnn.errors import ConfigError, DacnnError, told
-from dacnn.networks.adapted import Adapted
+from dacnn.networks.adapted import Adapted, count_logits
 from dacnn.networks.plan import Input
 from dacnn.sharing.convert import anchor
 from dacnn.sharing.rules import Rule
@@ -27,6 +27,8 @@ _ZOO_ONLY = ("width", "depths", "base_width", "regulator_place")
 _SHARING = ("share", "groups", "templates", "start", "regulator", "regulator_rank")
 # templates of a bank where none are named
 _TEMPLATES = 4
+# classes of a factory that has to be told, where nobody says how many
+_CLASSES = 10
 # folders of the files that were run
 _homes: set[str] = set()
 
@@ -36,12 +38,13 @@ def is_factory(name: str) -> bool:
     return re.search(r"\.py(:|$)", name) is not None
 
 
-def make_module(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
+def make_module(name: str, *, num_classes: int | None, in_channels: int) -> nn.Module:
     """Call a factory.
 
     Args:
         name: `FILE.py:factory`; the file is run, and the function is called.
-        num_classes: Given to the factory where it takes an argument of that name.
+        num_classes: Given to the factory where it takes an argument of that name; None: its own default stays, and where it has
+            none it is told 10.
         in_channels: Likewise.
 
     Returns:
@@ -114,13 +117,35 @@ def _function(code: ModuleType, name: str, path: Path) -> Callable[..., Any]:
     return factory  # type: ignore[no-any-return]
 
 
-def _taken(factory: Callable[..., Any], **offered: int) -> dict[str, int]:
-    """The arguments that a factory takes."""
+def _taken(factory: Callable[..., Any], **offered: int | None) -> dict[str, int]:
+    """The arguments that a factory takes, of those that there are."""
     try:
         takes = inspect.signature(factory).parameters
     except (TypeError, ValueError):
         return {}
-    return {name: value for name, value in offered.items() if name in takes}
+    wanted = {name: value for name, value in offered.items() if name in takes}
+    for name, value in wanted.items():
+        if value is None and takes[name].default is inspect.Parameter.empty:
+            wanted[name] = _CLASSES
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def classes_of(name: str, input: Input) -> tuple[str, ...]:
+    """Numbers for the classes that a factory's module tells apart when it is not told how many there are.
+
+    Args:
+        name: `FILE.py:factory`.
+        input: What the module is run on, black.
+
+    Returns:
+        A name for each of its logits.
+
+    Raises:
+        ConfigError: The factory cannot be called.
+        ShapeError: The module does not run on such images, or gives no logits.
+    """
+    module = make_module(name, num_classes=None, in_channels=input.channels)
+    return tuple(map(str, range(count_logits(module, input))))
 
 
 def rule_of(config: NetworkConfig) -> tuple[Rule, int | None]:
