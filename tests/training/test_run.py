@@ -20,6 +20,7 @@ from dacnn.config import read_config
 from dacnn.errors import CheckpointError, ConfigError, DataError, DivergenceError, Interrupted, UnknownNameError
 from dacnn.training.listener import Listener
 from dacnn.training.loop import Loop
+from dacnn.training.run import Run
 from dacnn.training.train import configure
 
 # dacnn3 on the digits, small enough for a test: 2 epochs of 10 steps
@@ -31,6 +32,7 @@ import os, signal, sys
 import dacnn
 from dacnn.training.run import Run
 from dacnn.training.loop import Loop
+from dacnn.training.run import Run
 target, name, call, out = {"run": Run, "loop": Loop}[sys.argv[1]], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 original, calls = getattr(target, name), 0
 def deadly(*arguments, **more):
@@ -137,6 +139,19 @@ def test_a_finished_run_resumes_to_itself(whole: Path) -> None:
 def test_a_run_is_not_overwritten(whole: Path) -> None:
     with pytest.raises(CheckpointError, match="already holds a run: go on with it by --resume"):
         dacnn.train("dacnn3", data="digits", out=whole, **SMALL)
+
+
+def test_two_trainings_do_not_write_into_one_directory(whole: Path, tmp_path: Path) -> None:
+    written = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    with Run(whole).held(), pytest.raises(CheckpointError, match="another training is at work in it: wait for its end"):
+        dacnn.train(out=whole, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == written
+    # one that has not begun yet
+    with Run(tmp_path / "new").held(), pytest.raises(CheckpointError, match="another training is at work"):
+        dacnn.train("dacnn3", data="digits", out=tmp_path / "new", **SMALL)
+    assert not list((tmp_path / "new").iterdir())
+    # and whoever has ended lets it go
+    assert len(dacnn.train(out=whole, resume=True).records) == 2
 
 
 def test_a_resume_that_would_differ_is_refused_with_the_reason(whole: Path, tmp_path: Path) -> None:

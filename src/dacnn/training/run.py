@@ -9,9 +9,11 @@ RUN/resume.safetensors   where to go on
 RUN/tensorboard/         the metrics once more, for TensorBoard
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,12 @@ from dacnn.networks.classifier import Classifier
 from dacnn.networks.plan import Plan
 from dacnn.training.loop import EpochRecord, Loop
 from dacnn.training.state import read_state, save_state
+
+try:
+    import fcntl
+except ImportError:
+    # Windows locks no folders
+    fcntl = None  # type: ignore[assignment]
 
 # enough for the ranges of all values
 _CALIBRATION_IMAGES = 512
@@ -80,8 +88,37 @@ class Run:
         except (OSError, UnicodeDecodeError, PlanError) as error:
             raise CheckpointError(f"{path}: {error}") from None
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the directory and keep other trainings out of it; whoever is killed lets it go.
+
+        Raises:
+            CheckpointError: It cannot be made, or another training is at work in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be made a run directory: {error.strerror}") from None
+        if fcntl is None:
+            yield
+            return
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"{self.path}: another training is at work in it: wait for its end, or choose another --out"
+                ) from None
+            except OSError:
+                # a file system without locks: nobody is kept out
+                pass
+            yield
+        finally:
+            os.close(folder)
+
     def create(self, config: Config, plan: Plan | None) -> None:
-        """Make the directory, with what was chosen in it.
+        """Write what was chosen, with which the run exists.
 
         Args:
             config: What was chosen.
@@ -90,10 +127,6 @@ class Run:
         Raises:
             CheckpointError: The directory cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be made a run directory: {error.strerror}") from None
         if plan:
             self._write("plan.json", plan.to_json())
         # last: with it the run exists

@@ -1,5 +1,6 @@
 """From a recipe and images to a trained network in a run directory."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -247,20 +248,21 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
         restore_state(loop, *state, run.state_path)
     records = run.records(loop.epoch)
     # nothing is written before everything that was given has been looked at
-    if accelerator.is_main_process:
-        run.create(config, plan)
-        run.write_records(records)
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("tensorboard")
-    listener.started(config, loop.epoch, loop.steps, loop.images_per_step)
-    try:
-        _run_epochs(loop, run, records, listener)
-    finally:
-        # not accelerator.end_training(), which would end the process group that a next training needs
-        for tracker in accelerator.trackers:
-            tracker.finish()
-    accelerator.wait_for_everyone()
-    best = load(run.path) if into is None else cast(Classifier, load(run.path, into))
+    with run.held() if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            run.create(config, plan)
+            run.write_records(records)
+        accelerator.wait_for_everyone()
+        accelerator.init_trackers("tensorboard")
+        listener.started(config, loop.epoch, loop.steps, loop.images_per_step)
+        try:
+            _run_epochs(loop, run, records, listener)
+        finally:
+            # not accelerator.end_training(), which would end the process group that a next training needs
+            for tracker in accelerator.trackers:
+                tracker.finish()
+        accelerator.wait_for_everyone()
+        best = load(run.path) if into is None else cast(Classifier, load(run.path, into))
     return TrainResult(best.cpu(), run.path, config, tuple(records))
 
 
