@@ -18,12 +18,12 @@ def run(script: str, *words: str) -> dict | list:
 
 
 def test_a_table_that_was_cut_off_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
-    words = ("digits", "--data", "digits", "--out", str(tmp_path), "--epochs", "1", "--width", "8")
+    words = ("digits", "--data", "digits", "--out", str(tmp_path), "--epochs", "1", "--width", "8", "--seeds", "2")
     assert run("table.py", *words, "--minutes", "0") == []
     states = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/resume.safetensors")}
     assert len(states) == 1
     measured = run("table.py", *words)
-    assert [result["seed"] for result in measured] == [0, 1, 2, 3, 4]
+    assert [result["seed"] for result in measured] == [0, 1]
     states = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/resume.safetensors")}
     assert run("table.py", *words) == measured
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/resume.safetensors")} == states
@@ -83,7 +83,7 @@ def test_the_benchmark_of_the_onnx_loop_compares_every_form_with_the_plain_one()
 
 
 def test_the_benchmark_of_packed_networks_compares_both_sides() -> None:
-    sizes = "--network", "dacnn3", "--width", "8", "--batches", "1", "2", "--rounds", "3", "--repeats", "1"
+    sizes = "--network", "dacnn3", "--width", "8", "--batches", "1", "--rounds", "3", "--repeats", "1"
     table = run("packed.py", *sizes, "--ways", "float32", "c")
     for rows in table["latency"].values():
         assert set(rows) == {"onnxruntime", "float32", "c"}
