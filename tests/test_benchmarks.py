@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import dacnn
+from c_networks import tool
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -107,6 +108,14 @@ def test_the_benchmark_of_exactness_compares_every_back_end_with_float64(tmp_pat
         for row in rows
         if row["back_end"] not in ("pack, bfloat16", "C, int8")
     )
+
+
+def test_the_benchmark_of_the_browser_runs_both_number_formats() -> None:
+    tool("node")
+    tool("wasm-ld")
+    rows = run("browser.py", "--network", "dacnn3", "--width", "8", "--rounds", "2")["rows"]
+    assert set(rows) == {"float32", "int8"} and rows["float32"]["error"] < 1e-4
+    assert all(row["median_ms"] > 0 and row["download_bytes"] > 0 for row in rows.values())
 
 
 def test_the_benchmark_of_compiled_c_compares_every_path_with_onnx_runtime() -> None:

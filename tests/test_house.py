@@ -119,6 +119,7 @@ ORDER = [
     "runtime",
     "deploy.c.same_bits",
     "deploy.c.files",
+    "deploy.c.wasm",
     "deploy.export",
     "networks.rival",
     "training.precision",

@@ -17,10 +17,10 @@ def export(
     run: Positional[RunPath],
     /,
     *,
-    to: Annotated[Literal["onnx", "onnx-loop", "pt2", "c"], word("what to write")],
+    to: Annotated[Literal["onnx", "onnx-loop", "pt2", "c", "wasm"], word("what to write")],
     out: Annotated[Path, word("the file", "FILE")],
     input: Annotated[Literal["uint8", "float"], word("take images as they are, or normalised N x C x H x W")] = "uint8",
-    dtype: Annotated[Literal["float32", "int8"], word("of c: int8 rounds kernels and values to eight bits")] = "float32",
+    dtype: Annotated[Literal["float32", "int8"], word("of c, wasm: int8 rounds kernels and values to eight bits")] = "float32",
     calibrate: Annotated[
         str | None,
         word("of int8: data set whose train images tell the ranges of the values (default: the run's own)", "SOURCE"),
@@ -32,7 +32,7 @@ def export(
     winograd: Annotated[
         Literal["init", "file", "off"] | None,
         word(
-            "of c: its kernels are made at the start, stand in the file, or it is not used (default: init)",
+            "of c and wasm: its kernels are made at the start, stand in the file, or it is not used (default: init)",
             "init|file|off",
         ),
     ] = None,

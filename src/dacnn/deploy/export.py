@@ -15,15 +15,17 @@ from torch import Tensor
 from dacnn import runtime
 from dacnn.checkpoint import check_place, replacing, stored_once
 from dacnn.deploy.c.files import Wanted, write_c
-from dacnn.deploy.c.same_bits import check_bits
+from dacnn.deploy.c.same_bits import check_bits, check_same
 from dacnn.deploy.c.source import Winograd
 from dacnn.deploy.c.target import Footprint, Microcontroller
+from dacnn.deploy.c.wasm import Module, write_wasm
 from dacnn.deploy.integers.calibrate import calibrate
 from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
 from dacnn.deploy.parity import Parity, check, measure, noise_images, reference_logits
+from dacnn.deploy.program import Program
 from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll
 from dacnn.errors import ConfigError, DeployError, ShapeError, UnknownNameError
@@ -31,7 +33,7 @@ from dacnn.networks.classifier import Classifier, as_network
 
 # N images, H rows, W columns, C channels, K classes
 
-Target = Literal["onnx", "onnx-loop", "pt2", "c"]
+Target = Literal["onnx", "onnx-loop", "pt2", "c", "wasm"]
 Form = Literal["small", "fast"]
 Dtype = Literal["float32", "int8"]
 # images of noise that are compared where none are given
@@ -91,16 +93,17 @@ def export(
     Args:
         network: The network.
         to: `onnx`: an ONNX graph; `onnx-loop`: one whose layers are turns of loops, so that a runtime packs each kernel once;
-            `pt2`: what `torch.export.load` reads, without this library; `c`: one source of C99, its header and an example.
+            `pt2`: what `torch.export.load` reads, without this library; `c`: one source of C99, its header and an example;
+            `wasm`: a WebAssembly module that needs no runtime, and the ES module that loads it.
         out: The file, of C its source, NAME.c; an older one is replaced as a whole.
         float_input: Take normalised floats N x C x H x W instead of uint8 images N x H x W x C.
-        dtype: Of `c`: `int8` rounds kernels and values to eight bits; the distance from the network is told, and all its
-            code must give the same bits as the integers evaluated in Python.
+        dtype: Of `c` and `wasm`: `int8` rounds kernels and values to eight bits; the distance from the network is told, and
+            all its code must give the same bits as the integers evaluated in Python.
         calibration: Of int8: images from which the ranges of values are found, uint8, shape (N, H, W, C); some hundreds of
             those that the network was trained on. None: the ranges that it learnt when it was trained in int8.
         form: Of `onnx-loop`: `small` takes the least memory in ONNX Runtime, `fast` the least time; None: small.
-        winograd: Of `c`: where the kernels of Winograd's convolution come from: `init` computes them at the start, `file` has
-            them in the file, `off` does without that convolution; None: init.
+        winograd: Of `c` and `wasm`: where the kernels of Winograd's convolution come from: `init` computes them at the start,
+            `file` has them in the file, `off` does without that convolution; None: init.
         build: Of `c`: also write a shared library, NAME.so, which `dacnn.runtime.load` calls.
         target: Of `c`: a microcontroller, for which it is also compiled, and measured.
         flash_budget: Bytes of its flash that the network may take; None: any.
@@ -146,18 +149,21 @@ def export(
         check(parity, f"{path}: what was exported")
         return parity
 
-    if to == "c":
+    if to in ("c", "wasm"):
         program = lower(network) if dtype == "float32" else integers_of(network, calibration)
 
-        def library_compared(library: Path) -> Parity:
-            compiled = runtime.load(library)
+        def code_compared(code: Path) -> Parity:
+            compiled = runtime.load(code) if to == "c" else Module(code, program.input, len(program.classes))
             run: Runner = lambda part: compiled(part.numpy())  # noqa: E731
-            if isinstance(program, IntegerProgram):
-                check_bits(program, library, images, str(path))
-                return measure(run, images, reference)
-            return compared(run)
+            if isinstance(program, Program):
+                return compared(run)
+            if to == "c":
+                check_bits(program, code, images, str(path))
+            else:
+                check_same(program, compiled, images, str(path))
+            return measure(run, images, reference)
 
-        done = write_c(program, path, library_compared, wanted)
+        done = (write_c if to == "c" else write_wasm)(program, path, code_compared, wanted)
         sizes = (done.workspace_bytes, done.context_bytes, done.footprint)
         return Exported(to, path, path.stat().st_size, stored, done.parity, done.others, *sizes)
     with replacing(path) as beside:
@@ -218,17 +224,19 @@ def check_settings(to: Target, *, float_input: bool, dtype: Dtype, form: Form | 
     if form is not None and to != "onnx-loop":
         raise ConfigError(f"form is '{form}', but '{to}' has no forms: leave it out, or export to 'onnx-loop'")
     given = [item.name for item in fields(Wanted) if not any(getattr(wanted, item.name) is no for no in (None, False))]
-    if given and to != "c":
-        raise ConfigError(
-            f"{given[0]} is '{getattr(wanted, given[0])}', but '{to}' is not compiled: leave it out, or export to 'c'"
-        )
+    taken = given if to == "c" else ["winograd"] if to == "wasm" else []
+    for name in given:
+        if name not in taken:
+            raise ConfigError(
+                f"{name} is '{getattr(wanted, name)}', which '{to}' does not take: leave it out, or export to 'c'"
+            )
     budgets = [name for name in given if name.endswith("_budget")]
     if budgets and wanted.target is None:
         raise ConfigError(f"{budgets[0]} is given, but not of what: name the microcontroller as target")
-    if float_input and to == "c":
+    if float_input and to in ("c", "wasm"):
         raise ConfigError("input is 'float', but the C code takes uint8 images: leave it out")
-    if dtype == "int8" and to != "c":
-        raise ConfigError(f"dtype is 'int8', but '{to}' is written in float32: leave it out, or export to 'c'")
+    if dtype == "int8" and to not in ("c", "wasm"):
+        raise ConfigError(f"dtype is 'int8', but '{to}' is written in float32: leave it out, or export to 'c' or 'wasm'")
     if dtype == "int8" and wanted.winograd is not None:
         raise ConfigError(f"winograd is '{wanted.winograd}', but int8 chooses its convolutions itself: leave it out")
 

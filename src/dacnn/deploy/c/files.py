@@ -11,7 +11,7 @@ from dacnn.deploy.c.build import build
 from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.literals import identifier
 from dacnn.deploy.c.provenance import signed
-from dacnn.deploy.c.source import Winograd, to_c
+from dacnn.deploy.c.source import CSource, Winograd, to_c
 from dacnn.deploy.c.target import Footprint, Microcontroller, check_budget, footprint
 from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.parity import Parity
@@ -57,6 +57,25 @@ class Wanted:
     ram_budget: int | None = None
 
 
+def files_of(program: Program | IntegerProgram, name: str, wanted: Wanted) -> CSource:
+    """A program as C.
+
+    Args:
+        program: A flat Program, or one in integers.
+        name: What all names in it begin with.
+        wanted: How Winograd's kernels come to be.
+
+    Returns:
+        The files.
+
+    Raises:
+        DeployError: A step cannot be expressed, or is too large.
+    """
+    if isinstance(program, IntegerProgram):
+        return to_c_int8(program, name=name)
+    return to_c(program, name=name, winograd=wanted.winograd or "init")
+
+
 def write_c(program: Program | IntegerProgram, path: Path, compare: Callable[[Path], Parity], wanted: Wanted) -> Written:
     """Write NAME.c, NAME.h and NAME_example.c, and if wanted the shared library NAME.so, all or none.
 
@@ -76,11 +95,7 @@ def write_c(program: Program | IntegerProgram, path: Path, compare: Callable[[Pa
     """
     if path.suffix != ".c":
         raise DeployError(f"{path}: a source of C is called NAME.c: call it {path.with_suffix('.c').name}")
-    name = identifier(path.stem)
-    if isinstance(program, IntegerProgram):
-        files = to_c_int8(program, name=name)
-    else:
-        files = to_c(program, name=name, winograd=wanted.winograd or "init")
+    files = files_of(program, identifier(path.stem), wanted)
     others = [path.with_suffix(".h"), path.with_name(f"{path.stem}_example.c")]
     with ExitStack() as stack:
         beside = [stack.enter_context(replacing(other)) for other in (path, *others)]

@@ -40,7 +40,7 @@ class Isa:
 AVX512 = Isa("avx512", "avx512f", ("avx512f",), "defined(__x86_64__)", lanes=16, pixels=8, blocks=2)
 # 16 registers: 6 x 2 sums, two rows of the kernel, one input
 AVX2 = Isa("avx2", "avx2,fma", ("avx2", "fma"), "defined(__x86_64__)", lanes=8, pixels=6, blocks=1)
-# NEON and its like: 32 registers, 4 x 4 sums
+# NEON, WebAssembly's vectors and their like: 32 registers, 4 x 4 sums
 VECTOR = Isa("vector", "", (), "!defined(__x86_64__)", lanes=4, pixels=4, blocks=1)
 # the fastest first
 ISAS = (AVX512, AVX2, VECTOR)

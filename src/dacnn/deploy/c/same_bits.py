@@ -1,8 +1,10 @@
 """Compiled integers against their evaluator: not close, but the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dacnn import runtime
@@ -29,16 +31,32 @@ def check_bits(program: IntegerProgram, library: Path, images: Tensor, where: st
     Raises:
         DeployError: A path gives other logits.
     """
-    some = images[:_IMAGES]
-    expected = IntegerRun(program)(some).numpy()
     for path in INTEGER_PATHS:
         try:
             compiled = runtime.load(library, path)
         except ArtefactError:
             # of another processor
             continue
-        if not np.array_equal(compiled(some.numpy()), expected):
-            raise DeployError(
-                f"{where}: its '{path}' code gives other logits than the integers it was made from: nothing was written; "
-                "please report it with the network's plan and the compiler's version"
-            )
+        check_same(program, compiled, images, f"{where}: its '{path}' code")
+
+
+def check_same(
+    program: IntegerProgram, run: Callable[[NDArray[np.uint8]], NDArray[np.float32]], images: Tensor, what: str
+) -> None:
+    """Refuse code that gives other logits than its program.
+
+    Args:
+        program: What it was made from.
+        run: The code, from images to logits.
+        images: uint8, shape (N, H, W, C); the first few are compared.
+        what: The code, for the message.
+
+    Raises:
+        DeployError: The logits are others.
+    """
+    some = images[:_IMAGES]
+    if not np.array_equal(run(some.numpy()), IntegerRun(program)(some).numpy()):
+        raise DeployError(
+            f"{what} gives other logits than the integers it was made from: nothing was written; "
+            "please report it with the network's plan and the compiler's version"
+        )

@@ -97,6 +97,10 @@ def _places(calls: Calls) -> Memory:
 # what the templates name, in three parts
 
 
+# of the preprocessor: where there is code for vectors
+_FAST_WHERE = "(defined(__x86_64__) || defined(__wasm_simd128__) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)))"
+
+
 def _names(name: str, program: Program) -> dict[str, Any]:
     return {
         "name": name,
@@ -107,7 +111,7 @@ def _names(name: str, program: Program) -> dict[str, Any]:
         "makefile_line": makefile_line(name),
         "memory": "memory.h.jinja",
         "preparing": "prepare.c.jinja",
-        "fast_where": "(defined(__x86_64__) || (defined(__ARM_NEON) && defined(__ARM_FEATURE_FMA)))",
+        "fast_where": _FAST_WHERE,
     }
 
 
