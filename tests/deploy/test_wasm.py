@@ -99,15 +99,16 @@ def test_javascript_names_the_class_that_the_network_names(channels: int, tmp_pa
         "dacnn3", ('quote"d', "ünï", *CLASSES[2:]), dacnn.Input(32, 40, channels, (0.4,) * channels, (0.2,) * channels)
     )
     network.eval()
-    dacnn.export(network, "wasm", tmp_path / "net.wasm")
+    # a name that is none in C, and has to be spelled in a URL
+    dacnn.export(network, "wasm", tmp_path / 'my "net" #1.wasm')
     images = images_of(network, 2)
     rgba = np.full((32, 40, 4), 255, np.uint8)
     rgba[..., :3] = images[0].numpy()
     script = """
-import { load, classes, height, width, channels } from "./net.mjs";
+import { load, classes, height, width, channels } from "./my%20%22net%22%20%231.mjs";
 import { readFileSync } from "node:fs";
 const given = JSON.parse(readFileSync("given.json"));
-const network = await load(), other = await load(readFileSync("net.wasm"));
+const network = await load(), other = await load(readFileSync('my "net" #1.wasm'));
 const said = [];
 for (const image of [new Uint8Array(3), { data: new Uint8ClampedArray(4), width: 1, height: 1 }])
   try { network.logits(image); } catch (error) { said.push(`${error.name}: ${error.message}`); }

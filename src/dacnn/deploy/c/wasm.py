@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,5 +141,6 @@ def _loader(program: Program | IntegerProgram, file: str, parity: Parity) -> str
         f"   checked on {parity.images} images: largest error {parity.max_error:.1e} of the largest logit, the same class for "
         f"{parity.top1_agreement:.2%}."
     )
-    values = {"about": about, "file": file, "input": program.input, "classes": json.dumps(list(program.classes))}
+    # as in a URL, which has no quotation marks
+    values = {"about": about, "file": quote(file), "input": program.input, "classes": json.dumps(list(program.classes))}
     return render("wasm.mjs.jinja", values)
