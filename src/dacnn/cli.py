@@ -12,7 +12,7 @@ from dacnn.commands.benches import bench
 from dacnn.commands.networks import count, models, plan, show
 from dacnn.commands.runs import eval, fold, predict, train
 from dacnn.errors import DacnnError, Interrupted
-from dacnn.flags import READING
+from dacnn.flags import FLAG_RULES
 
 _COMMANDS: dict[str, Any] = {
     "train": train,
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
             description="Anchored convolutional networks: many layers read one kernel, and it is stored once.",
             args=words,
             config=(tyro.conf.FlagCreatePairsOff,),
-            registry=READING,
+            registry=FLAG_RULES,
         )
     except Interrupted as stop:
         print(f"dacnn: {stop}", file=sys.stderr)

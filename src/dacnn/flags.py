@@ -14,10 +14,10 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from dacnn.config import DataConfig, NetworkConfig, TrainingConfig
 from dacnn.errors import ConfigError
 
-READING = ConstructorRegistry()
+FLAG_RULES = ConstructorRegistry()
 
 
-@READING.primitive_rule
+@FLAG_RULES.primitive_rule
 def _left_out_or(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Read a flag of type X | None as X: None is a flag that was left out, and no word for its value."""
     choices = typing.get_args(kind.type)

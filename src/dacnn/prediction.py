@@ -68,7 +68,7 @@ def predict(
     """Classify image files.
 
     Args:
-        network: The network; run in the mode it is in, so load it or call `eval()` first.
+        network: The network; left in the mode that it is in, but run in evaluation mode.
         paths: Image files and folders of them, or one, of any size and mode.
         top: How many classes to name for each.
         tick: Called with the images done and to be done.
@@ -81,14 +81,20 @@ def predict(
         DataError: A file is missing or no image.
     """
     files = find_images([paths] if isinstance(paths, str | Path) else paths)
-    classes = as_network(network).classes
-    device = next(network.parameters()).device
+    network = as_network(network)
+    classes, device = network.classes, next(network.parameters()).device
     predictions: list[Prediction] = []
-    for start in range(0, len(files), _BATCH):
-        batch = files[start : start + _BATCH]
-        images_nhwc = torch.from_numpy(np.stack([read_image(file, network.input) for file in batch]))
-        likely = network(images_nhwc.to(device)).float().softmax(dim=1).topk(min(top, len(classes)), dim=1)
-        for file, probabilities, indices in zip(batch, likely.values.tolist(), likely.indices.tolist(), strict=True):
-            predictions.append(Prediction(file, tuple(classes[k] for k in indices), tuple(probabilities)))
-        tick(len(predictions), len(files))
+    modes = {part: part.training for part in network.modules()}
+    network.eval()
+    try:
+        for start in range(0, len(files), _BATCH):
+            batch = files[start : start + _BATCH]
+            images_nhwc = torch.from_numpy(np.stack([read_image(file, network.input) for file in batch]))
+            likely = network(images_nhwc.to(device)).float().softmax(dim=1).topk(min(top, len(classes)), dim=1)
+            for file, probabilities, indices in zip(batch, likely.values.tolist(), likely.indices.tolist(), strict=True):
+                predictions.append(Prediction(file, tuple(classes[k] for k in indices), tuple(probabilities)))
+            tick(len(predictions), len(files))
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
     return predictions

@@ -176,12 +176,16 @@ def test_adapting_keeps_the_mode_and_takes_names() -> None:
         (("chain.py", COLOUR, 10), "module is a str: expected an nn.Module"),
         ((dacnn.create("dacnn3", width=8), COLOUR, 10), "module is a network already"),
         ((chain(10, 3), (24, 32), 10), r"input is a tuple: expected dacnn.Input\(height, width"),
-        ((chain(10, 3), COLOUR, 0), "classes is 0: expected names, or a number from 1"),
+        ((chain(10, 3), COLOUR, 0), "classes is 0: expected names, .* or a number from 1"),
         ((chain(10, 3), COLOUR, "cat"), "classes is 'cat': expected names"),
+        ((chain(10, 3), COLOUR, {"cat", "dog"}), "classes is .*: expected names, each once and in order"),
+        ((chain(10, 3), COLOUR, ["cat"] * 10), "expected names, each once and in order"),
+        ((chain(10, 3), COLOUR, None), "classes is None: expected names"),
+        ((chain(10, 3).to("meta"), COLOUR, 10), "is on the device 'meta', where it has no values"),
         ((chain(10, 3), COLOUR, 7), r"gives \(2, 10\) for 2 images: expected logits of shape \(2, 7\)"),
         ((chain(10, 3), GREY, 10), "Sequential does not run on images of N x 1 x 32 x 32"),
     ],
-    ids=range(7),
+    ids=range(11),
 )
 def test_what_cannot_be_adapted_is_refused(given: tuple[Any, Any, Any], says: str) -> None:
     with pytest.raises((ConfigError, ShapeError), match=says):

@@ -32,7 +32,6 @@ import os, signal, sys
 import dacnn
 from dacnn.training.run import Run
 from dacnn.training.loop import Loop
-from dacnn.training.run import Run
 target, name, call, out = {"run": Run, "loop": Loop}[sys.argv[1]], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 original, calls = getattr(target, name), 0
 def deadly(*arguments, **more):
@@ -143,13 +142,19 @@ def test_a_run_is_not_overwritten(whole: Path) -> None:
 
 def test_two_trainings_do_not_write_into_one_directory(whole: Path, tmp_path: Path) -> None:
     written = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    with Run(whole).held(), pytest.raises(CheckpointError, match="another training is at work in it: wait for its end"):
+    with (
+        Run(whole).locked(Run(whole).stamp),
+        pytest.raises(CheckpointError, match="another training is at work in it: wait for its end"),
+    ):
         dacnn.train(out=whole, resume=True)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == written
     # one that has not begun yet
-    with Run(tmp_path / "new").held(), pytest.raises(CheckpointError, match="another training is at work"):
+    with Run(tmp_path / "new").locked((None, None)), pytest.raises(CheckpointError, match="another training is at work"):
         dacnn.train("dacnn3", data="digits", out=tmp_path / "new", **SMALL)
     assert not list((tmp_path / "new").iterdir())
+    # one that began and ended since a second one had looked
+    with pytest.raises(CheckpointError, match="another training was at work in it meanwhile"), Run(whole).locked((None, None)):
+        pass
     # and whoever has ended lets it go
     assert len(dacnn.train(out=whole, resume=True).records) == 2
 

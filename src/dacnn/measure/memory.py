@@ -95,6 +95,7 @@ def predict_training_memory(
         >>> memory.activation_bytes > 10 * memory.weight_bytes
         True
     """
+    network = _counted(network)
     training, execution = _settled(network, training, execution)
     workspace: Workspace | None = None
     if execution.device == "cpu":
@@ -154,6 +155,7 @@ def measure_training_memory(
     Raises:
         ConfigError: The recipe crops more than an image has.
     """
+    network = _counted(network)
     training, execution = _settled(network, training, execution)
 
     def run() -> None:
@@ -194,6 +196,11 @@ class _Alone:
         return sums
 
 
+def _counted(network: Network | Plan | Adapted) -> Network | Plan | Adapted:
+    """Refuse what is neither a network nor a plan."""
+    return network if isinstance(network, Plan) else cast(Network | Adapted, as_network(network))
+
+
 def _plan_of(network: Network | Plan) -> Plan:
     return network if isinstance(network, Plan) else network.plan
 
@@ -210,8 +217,6 @@ def _settled(
     network: Network | Plan | Adapted, training: TrainingConfig | None, execution: Execution | None
 ) -> tuple[TrainingConfig, Execution]:
     """The defaults filled in."""
-    if not isinstance(network, Plan):
-        as_network(network)
     training = training or TrainingConfig()
     if execution is None:
         execution = choose(training, "cpu" if training.device == "cpu" else best_device(), foreign=isinstance(network, Adapted))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Self
 
 import torch
@@ -170,7 +171,14 @@ def adapt(module: nn.Module, input: Input, classes: Sequence[str] | int) -> Adap
         raise ConfigError(f"module is {kind}: expected an nn.Module that is no network yet")
     if not isinstance(input, Input):
         raise ConfigError(f"input is a {type(input).__name__}: expected dacnn.Input(height, width, ...)")
-    names = tuple(map(str, range(classes) if isinstance(classes, int) else classes))
-    if not names or isinstance(classes, str):
-        raise ConfigError(f"classes is {classes!r}: expected names, or a number from 1")
+    if isinstance(classes, Integral) and not isinstance(classes, bool):
+        names = tuple(map(str, range(int(classes))))
+    else:
+        # a set has no order
+        names = tuple(map(str, classes)) if isinstance(classes, Sequence) and not isinstance(classes, str) else ()
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"classes is {classes!r}: expected names, each once and in order, or a number from 1")
+    meta = next((name for name, tensor in module.state_dict().items() if tensor.is_meta), None)
+    if meta is not None:
+        raise ConfigError(f"'{meta}' is on the device 'meta', where it has no values: load the module's weights first")
     return Adapted(module, input, names).try_out()

@@ -44,7 +44,7 @@ def make_module(name: str, *, num_classes: int | None, in_channels: int) -> nn.M
     Args:
         name: `FILE.py:factory`; the file is run, and the function is called.
         num_classes: Given to the factory where it takes an argument of that name; None: its own default stays, and where it has
-            none it is told 10.
+            none, or None, it is told 10.
         in_channels: Likewise.
 
     Returns:
@@ -125,7 +125,7 @@ def _taken(factory: Callable[..., Any], **offered: int | None) -> dict[str, int]
         return {}
     wanted = {name: value for name, value in offered.items() if name in takes}
     for name, value in wanted.items():
-        if value is None and takes[name].default is inspect.Parameter.empty:
+        if value is None and takes[name].default in (inspect.Parameter.empty, None):
             wanted[name] = _CLASSES
     return {name: value for name, value in wanted.items() if value is not None}
 

@@ -88,12 +88,21 @@ class Run:
         except (OSError, UnicodeDecodeError, PlanError) as error:
             raise CheckpointError(f"{path}: {error}") from None
 
+    @property
+    def stamp(self) -> tuple[int | None, ...]:
+        """Tells whether another training was at work here: when the run began, and when its state was saved."""
+        places = self.path / "config.toml", self.state_path
+        return tuple(place.stat().st_mtime_ns if place.is_file() else None for place in places)
+
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self, stamp: tuple[int | None, ...]) -> Iterator[None]:
         """Make the directory and keep other trainings out of it; whoever is killed lets it go.
 
+        Args:
+            stamp: What the run's stamp was when it was read.
+
         Raises:
-            CheckpointError: It cannot be made, or another training is at work in it.
+            CheckpointError: It cannot be made, or another training is at work in it, or was since the stamp.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -113,6 +122,8 @@ class Run:
             except OSError:
                 # a file system without locks: nobody is kept out
                 pass
+            if self.stamp != stamp:
+                raise CheckpointError(f"{self.path}: another training was at work in it meanwhile: start again")
             yield
         finally:
             os.close(folder)

@@ -227,7 +227,7 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
         raise TrainingError(f"device '{accelerator.device.type}' is not supported: use --device cpu")
     if not accelerator.is_main_process:
         listener = Listener()
-    state = run.state()
+    stamp, state = run.stamp, run.state()
     foreign = plan is None and _is_foreign(config.network.name)
     execution = _execution(config.training, accelerator, foreign, state[1]["execution"] if state else {})
     if config.training.weights is not None:
@@ -248,7 +248,7 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
         restore_state(loop, *state, run.state_path)
     records = run.records(loop.epoch)
     # nothing is written before everything that was given has been looked at
-    with run.held() if accelerator.is_main_process else contextlib.nullcontext():
+    with run.locked(stamp) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
             run.create(config, plan)
             run.write_records(records)

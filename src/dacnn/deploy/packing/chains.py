@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dacnn.deploy.packing.onednn import PackedKernel, Shape, Slide
 
@@ -105,21 +105,27 @@ class Chain:
         assert isinstance(first, Convolution), "the memory format and type are a convolution's"
         self._links = tuple(links)
         self._dtype = first.kernel.dtype
+        # by the packs that they read, which are the same for most sizes of a batch; and by the shape of images
+        self._held: dict[tuple[int, ...], Any] = {}
         self._known: dict[torch.Size, Any] = {}
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def taking(self, given: list[Tensor]) -> Tensor:
         """Go through them.
 
         Args:
-            x: N x C x H x W; it is left as it is.
+            given: N x C x H x W, alone in a list, which is empty then: so that it goes where nobody else needs it, as soon as
+                the first of them has read it.
 
         Returns:
             N x O x H' x W', in channels-last memory, of the kernels' type.
         """
+        x = given.pop()
         if x.dtype is not self._dtype:
             x = x.to(self._dtype)
         links = self._known.get(x.shape) or self.prepare(x.shape)
-        return _interpreter().run(x.contiguous(memory_format=torch.channels_last), links)
+        boxed = _interpreter().boxed([x.contiguous(memory_format=torch.channels_last)])
+        del x
+        return _interpreter().run(boxed, links)
 
     def prepare(self, images: torch.Size) -> Any:
         """Pack every kernel as images want it: before there are activations, between which packs would lie.
@@ -143,19 +149,29 @@ class Chain:
             else:
                 links.append(one.link())
                 shape = (*shape[:2], *one.slide.windows(shape, one.size))
-        held = _interpreter().held(links)
-        if all_kept and len(self._known) < _MOST_SHAPES:
-            self._known[images] = held
-        return held
+        if not all_kept:
+            return links
+        packs = tuple(id(link.pack) for link in links)
+        if packs not in self._held:
+            self._held[packs] = _interpreter().held(links)
+        if len(self._known) < _MOST_SHAPES:
+            self._known[images] = self._held[packs]
+        return self._held[packs]
 
 
 # What follows is TorchScript as well as Python: globals are let in as defaults of arguments alone.
 
 
-def _run(x: Tensor, links: list[_Link]) -> Tensor:
+def _run(given: list[Tensor], links: list[_Link]) -> Tensor:
+    x = given.pop()
     for link in links:
         x = _linked(x, link)
     return x
+
+
+class _Run(nn.Module):
+    def forward(self, given: list[Tensor], links: list[_Link]) -> Tensor:
+        return _run(given, links)
 
 
 def _linked(x: Tensor, link: _Link) -> Tensor:
@@ -193,9 +209,10 @@ def _pooled(x: Tensor, link: _Link, least: float = -math.inf, large: int = _LARG
 
 
 class _Interpreter(NamedTuple):
-    """What goes through links, and what makes of a list one that it is handed without a copy."""
+    """What goes through links, and what makes of lists those that it can be handed without a copy."""
 
-    run: Callable[[Tensor, list[_Link]], Tensor]
+    run: Callable[[Any, Any], Tensor]
+    boxed: Callable[[list[Tensor]], Any]
     held: Callable[[list[_Link]], Any]
 
 
@@ -211,14 +228,15 @@ def _interpreter() -> _Interpreter:
         # it is deprecated, but what replaces it needs a compiler
         warnings.simplefilter("ignore")
         try:
-            script = torch.jit.script(_run)
+            # not `_run` by itself: while any thread exports a network, PyTorch would call that as Python
+            script = torch.jit.script(_Run())._c._get_method("forward")
         except (AttributeError, NotImplementedError, OSError, RuntimeError):
-            return _Interpreter(_run, list)
+            return _Interpreter(_run, list, list)
 
-    def run(x: Tensor, links: Any) -> Tensor:
+    def run(given: Any, links: Any) -> Tensor:
         # it would look at the first runs and plan the others, which leaves memory between activations and saves no time
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            y: Tensor = script(x, links)
+            y: Tensor = script(given, links)
         return y
 
     def held(links: list[_Link]) -> Any:
@@ -227,4 +245,4 @@ def _interpreter() -> _Interpreter:
         made.extend(links[1:])
         return made
 
-    return _Interpreter(run, held)
+    return _Interpreter(run, torch._C.ScriptList, held)

@@ -81,7 +81,7 @@ class Steps:
             given = [values[name] for name in taken]
             for name in spent:
                 del values[name]
-            values[out] = call(*given)
+            values[out] = call.taking(given) if isinstance(call, Chain) else call(*given)
             # or it would outlive the next step
             del given
         return values[self._outline.result].float()
@@ -100,21 +100,24 @@ class Steps:
 
 def _chained(
     tasks: Sequence[Task], made: Sequence[Call | Convolution]
-) -> list[tuple[Call, tuple[str, ...], tuple[str, ...], str]]:
+) -> list[tuple[Call | Chain, tuple[str, ...], tuple[str, ...], str]]:
     """Calls, neighbours joined that can be; each with the values that it takes, those that are spent, and what it gives."""
-    calls: list[tuple[Call, tuple[str, ...], tuple[str, ...], str]] = []
+    calls: list[tuple[Call | Chain, tuple[str, ...], tuple[str, ...], str]] = []
     begin = 0
     while begin < len(tasks):
         end = begin + 1
-        call = made[begin]
-        if isinstance(call, Convolution):
-            links: list[Convolution | MaxPooling] = [call]
+        call: Call | Chain
+        first = made[begin]
+        if isinstance(first, Convolution):
+            links: list[Convolution | MaxPooling] = [first]
             while end < len(tasks) and isinstance(link := made[end], Convolution | MaxPooling):
                 if tasks[end].values != tasks[end].spent or tasks[end].values != (tasks[end - 1].step.out,):
                     break
                 links.append(link)
                 end += 1
             call = Chain(links)
+        else:
+            call = first
         calls.append((call, tasks[begin].values, tasks[begin].spent, tasks[end - 1].step.out))
         begin = end
     return calls
