@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dacnn.config import NetworkConfig
 from dacnn.errors import ConfigError
-from dacnn.networks.classifier import Classifier
+from dacnn.networks.classifier import Classifier, as_network
 from dacnn.networks.plan import Block, Input, Layer, Plan
 from dacnn.networks.zoo import plan_of
 from dacnn.sharing.anchors import Anchors
@@ -247,7 +247,7 @@ def as_planned(found: object) -> Network:
     """Refuse what is no network that was made from a plan, before its plan is asked for.
 
     Args:
-        found: What a caller gave; of a compiled one, that which was compiled is taken.
+        found: What a caller gave, as `as_network` takes it.
 
     Returns:
         The network.
@@ -255,7 +255,7 @@ def as_planned(found: object) -> Network:
     Raises:
         ConfigError: It is something else.
     """
-    found = getattr(found, "_orig_mod", found)
-    if not isinstance(found, Network):
-        raise ConfigError(f"got {type(found).__name__}: expected a network that has a plan: dacnn.create makes one")
-    return found
+    network = as_network(found)
+    if not isinstance(network, Network):
+        raise ConfigError(f"got {type(network).__name__}: expected a network that has a plan: dacnn.create makes one")
+    return network
