@@ -66,7 +66,7 @@ def test_every_scheme_gives_what_the_network_gives(name: str, settings: dict[str
     done = dacnn.export(network, "wasm", tmp_path / "net.wasm", images=images)
     with torch.no_grad():
         expected = network.double()(images).numpy()
-    got = Module(done.path, network.input, len(CLASSES))(images.numpy())
+    got = Module(done.path, len(CLASSES))(images.numpy())
     # float32, and Winograd's convolution, against float64
     assert np.abs(got - expected).max() < 1e-3 * np.abs(expected).max()
     assert done.others == (tmp_path / "net.mjs",) and done.file_bytes == done.path.stat().st_size
@@ -178,5 +178,5 @@ def test_without_winograd_a_module_takes_less_memory(tmp_path: Path) -> None:
     sizes = {}
     for winograd in ("init", "off"):
         done = dacnn.export(network, "wasm", tmp_path / f"{winograd}.wasm", winograd=winograd)
-        sizes[winograd] = Module(done.path, network.input, len(CLASSES)).memory_bytes
+        sizes[winograd] = Module(done.path, len(CLASSES)).memory_bytes
     assert sizes["off"] < sizes["init"]

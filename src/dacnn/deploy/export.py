@@ -50,9 +50,9 @@ class Exported:
         file_bytes: Its size.
         stored_bytes: Bytes of the network's parameters and buffers, each once.
         parity: How far it is from the network, as its runtime computes it.
-        others: Files that belong to it: of C the header, an example, the compiled library.
-        workspace_bytes: Of C: memory that one call needs.
-        context_bytes: Of C: memory that all calls share.
+        others: Files that belong to it: of C the header, an example, the compiled library; of WebAssembly the loader.
+        workspace_bytes: Of C and WebAssembly: memory that one call needs.
+        context_bytes: Of both: memory that all calls share.
         footprint: Of C: memory of a microcontroller.
     """
 
@@ -153,7 +153,7 @@ def export(
         program = lower(network) if dtype == "float32" else integers_of(network, calibration)
 
         def code_compared(code: Path) -> Parity:
-            compiled = runtime.load(code) if to == "c" else Module(code, program.input, len(program.classes))
+            compiled = runtime.load(code) if to == "c" else Module(code, len(program.classes))
             run: Runner = lambda part: compiled(part.numpy())  # noqa: E731
             if isinstance(program, Program):
                 return compared(run)

@@ -26,7 +26,6 @@ from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.parity import Parity
 from dacnn.deploy.program import Program
 from dacnn.errors import DeployError
-from dacnn.networks.plan import Input
 
 # N images, H rows, W columns, C channels, K classes
 
@@ -64,13 +63,12 @@ def build_wasm(files: CSource, module: Path) -> None:
 class Module:
     """A WebAssembly module, run in wasmtime on NumPy arrays."""
 
-    def __init__(self, path: Path, input: Input, classes: int) -> None:
+    def __init__(self, path: Path, classes: int) -> None:
         """Load it.
 
         Args:
             path: The module.
-            input: What its network takes.
-            classes: How many it tells apart.
+            classes: How many its network tells apart.
 
         Raises:
             DeployError: wasmtime is missing.
@@ -87,7 +85,7 @@ class Module:
         self._shown = instance.exports(self._store)
         self._shown["init"](self._store)
         self._image, self._logits = (cast(int, self._shown[name](self._store)) for name in ("image", "logits"))
-        self._image_bytes, self._classes = input.height * input.width * input.channels, classes
+        self._classes = classes
 
     @property
     def memory_bytes(self) -> int:
