@@ -64,8 +64,7 @@ class Adapted(Classifier):
         except DacnnError:
             raise
         except Exception as error:
-            expected = " x ".join(map(str, ("N", *size)))
-            raise ShapeError(f"{kind} does not run on images of {expected}: {told(error)}") from error
+            raise _not_running(self.module, self.input, error) from error
         finally:
             for part, mode in modes.items():
                 part.training = mode
@@ -107,6 +106,11 @@ class Adapted(Classifier):
         return y
 
 
+def _not_running(module: nn.Module, input: Input, error: Exception) -> ShapeError:
+    size = f"N x {input.channels} x {input.height} x {input.width}"
+    return ShapeError(f"{type(module).__name__} does not run on images of {size}: {told(error)}")
+
+
 def _logits(given: Any) -> Any:
     """What a module means by its logits."""
     given = getattr(given, "logits", given)
@@ -127,15 +131,13 @@ def count_logits(module: nn.Module, input: Input) -> int:
     Raises:
         ShapeError: It does not run on such images, or gives no logits.
     """
-    kind, size = type(module).__name__, (input.channels, input.height, input.width)
     try:
-        y = _logits(module.eval()(torch.zeros(2, *size)))
+        y = _logits(module.eval()(torch.zeros(2, input.channels, input.height, input.width)))
     except Exception as error:
-        expected = " x ".join(map(str, ("N", *size)))
-        raise ShapeError(f"{kind} does not run on images of {expected}: {told(error)}") from error
+        raise _not_running(module, input, error) from error
     if not isinstance(y, Tensor) or y.ndim != 2 or y.shape[0] != 2:
         found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise ShapeError(f"{kind} gives {found} for 2 images: expected logits, N x K")
+        raise ShapeError(f"{type(module).__name__} gives {found} for 2 images: expected logits, N x K")
     return y.shape[1]
 
 
