@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from dacnn.networks.plan import Input, Plan
 
 # classes in the paper's tables
-_PAPERS = 100
+_PAPER_CLASSES = 100
 
 
 def models(
     *,
-    classes: Annotated[int, arg(help="number of classes")] = _PAPERS,
+    classes: Annotated[int, arg(help="number of classes")] = _PAPER_CLASSES,
     json: Json = False,
 ) -> None:
     """List the networks of the zoo: what they store, what they use, what they compute.
@@ -239,7 +239,7 @@ def _names(classes: int | None, network: str, channels: int, size: int) -> tuple
 
     if classes is None and is_factory(network):
         return classes_of(network, _input(channels, size))
-    return _numbers(_PAPERS if classes is None else classes)
+    return _numbers(_PAPER_CLASSES if classes is None else classes)
 
 
 def _numbers(classes: int) -> tuple[str, ...]:
