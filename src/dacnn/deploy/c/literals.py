@@ -1,6 +1,8 @@
 """Values as C writes them: numbers that read back exactly, text that no compiler takes for something else."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +10,8 @@ from numpy.typing import NDArray
 from dacnn.errors import DeployError
 
 _LINE = 10
+# numbers that are words at the same time: whole lines
+_PART = 1000 * _LINE
 
 
 def floats(values: NDArray[np.float32]) -> str:
@@ -24,18 +28,28 @@ def floats(values: NDArray[np.float32]) -> str:
     """
     if not np.isfinite(values).all():
         raise DeployError("a kernel, scale or shift has values that are no numbers: C has no way to write them; train again")
-    # an integer has no negative zero
-    words = ["-0.0" if word == "-0" else word for word in (f"{value:.9g}" for value in values.ravel().tolist())]
-    return lines(words)
+    return _lines(values, _float)
 
 
 def integers(values: NDArray[np.integer]) -> str:
     """Numbers of an initialiser."""
-    return lines([str(value) for value in values.ravel().tolist()])
+    return _lines(values, str)
 
 
-def lines(words: list[str]) -> str:
-    """Words with commas between them, some to a line."""
+def _float(value: float) -> str:
+    word = f"{value:.9g}"
+    # an integer has no negative zero
+    return "-0.0" if word == "-0" else word
+
+
+def _lines(values: NDArray[Any], word: Callable[[Any], str]) -> str:
+    """Numbers with commas between them, some to a line; in parts, for as words they take twenty times their memory."""
+    flat = values.ravel()
+    parts = (flat[start : start + _PART].tolist() for start in range(0, flat.size, _PART))
+    return ",\n    ".join(_part([word(value) for value in part]) for part in parts)
+
+
+def _part(words: list[str]) -> str:
     return ",\n    ".join(", ".join(words[start : start + _LINE]) for start in range(0, len(words), _LINE))
 
 
