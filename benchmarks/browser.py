@@ -13,11 +13,12 @@ import subprocess
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 import dacnn
+from dacnn.deploy.c.files import Dtype
 from dacnn.training.precision import cpu_name
 
 _TIMED = """
@@ -66,7 +67,7 @@ def compare(name: str, width: int, rounds: int, web: Path | None, folder: Path) 
     size = (of.height, of.width, of.channels)
     images = torch.randint(0, 256, (64, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     rows: dict[str, dict[str, Any]] = {}
-    for dtype in ("float32", "int8"):
+    for dtype in get_args(Dtype):
         calibration = images if dtype == "int8" else None
         done = dacnn.export(network, "wasm", folder / f"{dtype}.wasm", dtype=dtype, calibration=calibration)
         loader = done.others[0].stat().st_size
@@ -84,7 +85,7 @@ def compare(name: str, width: int, rounds: int, web: Path | None, folder: Path) 
         runtime = sum((library / part).stat().st_size for part in ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.wasm"))
         rows["onnxruntime-web"] = {"download_bytes": runtime + (folder / "plain.onnx").stat().st_size}
     given = {
-        "modules": {dtype: str(folder / f"{dtype}.mjs") for dtype in ("float32", "int8")},
+        "modules": {dtype: str(folder / f"{dtype}.mjs") for dtype in get_args(Dtype)},
         **files,
         "rounds": rounds,
         "pixels": images[0].flatten().tolist(),

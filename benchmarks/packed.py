@@ -38,7 +38,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
     "c": {"engine": "c"},
+    "c, bfloat16": {"engine": "c", "dtype": "bfloat16"},
     "c, plain": {"engine": "c", "winograd": "off"},
+    "c, plain, bfloat16": {"engine": "c", "winograd": "off", "dtype": "bfloat16"},
 }
 Run = Callable[[], object]
 
@@ -183,13 +185,13 @@ def _in_words(name: str, width: int, table: dict[str, Any]) -> str:
             low, high = row["quartiles_ms"]
             times = row["times_as_fast"]
             lines.append(
-                f"batch {batch:>3} {side:>12}: {row['median_ms']:8.2f} ms ({low:.2f}-{high:.2f}), {times:.2f}x as fast as "
+                f"batch {batch:>3} {side:>18}: {row['median_ms']:8.2f} ms ({low:.2f}-{high:.2f}), {times:.2f}x as fast as "
                 f"ONNX Runtime, {row['gmacs_per_second']:.0f} GMAC/s, at most {row['largest_difference']:.1e} apart"
             )
     for side, row in table["memory"].items():
         packed = f"{row['packed_bytes'] / 1e6:.2f} MB packed, " if "packed_bytes" in row else ""
         mapped = f", and {row['mapped_bytes'] / 1e6:.2f} MB of files" if "mapped_bytes" in row else ""
-        lines.append(f"memory {side:>12}: {packed}{row['served_bytes'] / 1e6:.2f} MB after three runs at batch 1{mapped}")
+        lines.append(f"memory {side:>18}: {packed}{row['served_bytes'] / 1e6:.2f} MB after three runs at batch 1{mapped}")
     lines.append(f"3x stored bytes + live activations: {limit / 1e6:.2f} MB")
     return "\n".join(lines)
 

@@ -18,11 +18,11 @@ import integer_interpreter
 from dacnn.config import NetworkConfig
 from dacnn.deploy.c.build import write
 from dacnn.deploy.c.integer_source import to_c_int8
-from dacnn.deploy.c.source import CSource, Winograd, to_c
+from dacnn.deploy.c.source import CSource, FloatDtype, Winograd, to_c
 from dacnn.deploy.integers.calibrate import calibrate
 from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.integers.quantize import quantize
-from dacnn.deploy.program import IMAGES, Add, Program, Step, operands
+from dacnn.deploy.program import IMAGES, Add, KernelStep, Program, Step, operands
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Input
 from dacnn.networks.zoo import plan_of
@@ -62,8 +62,19 @@ def command_of(binary: Path, cc: str) -> tuple[str, ...]:
     return (tool("qemu-aarch64"), str(binary)) if cc == ARM64 else (str(binary),)
 
 
-def files_of(program: Program | IntegerProgram, name: str, winograd: Winograd = "init") -> CSource:
-    return to_c_int8(program, name=name) if isinstance(program, IntegerProgram) else to_c(program, name=name, winograd=winograd)
+def files_of(
+    program: Program | IntegerProgram, name: str, winograd: Winograd = "init", dtype: FloatDtype = "float32"
+) -> CSource:
+    if isinstance(program, IntegerProgram):
+        return to_c_int8(program, name=name)
+    return to_c(program, name=name, winograd=winograd, dtype=dtype)
+
+
+def with_rounded_kernels(program: Program) -> Program:
+    """The program with kernels of bfloat16, rounded by PyTorch."""
+    kernels = {str(step.kernel.tensor) for step in program.operations() if isinstance(step, KernelStep)}
+    rounded = {name: torch.tensor(program.tensors[name]).bfloat16().float().numpy() for name in kernels}
+    return dataclasses.replace(program, tensors={**program.tensors, **rounded})
 
 
 def compiled(
@@ -72,10 +83,12 @@ def compiled(
     cc: str = "gcc",
     flags: Sequence[str] = SANITIZED,
     winograd: Winograd = "init",
+    dtype: FloatDtype = "float32",
 ) -> Path:
     """One executable that runs all of them."""
     names = [f"net{index}" for index in range(len(programs))]
-    sources = [write(files_of(program, name, winograd), folder).name for name, program in zip(names, programs, strict=True)]
+    files = [files_of(program, name, winograd, dtype) for name, program in zip(names, programs, strict=True)]
+    sources = [write(one, folder).name for one in files]
     lines = [f'#include "{name}.h"' for name in names]
     (folder / "networks.h").write_text("\n".join([*lines, f"#define NETWORKS(X) {' '.join(f'X({name})' for name in names)}\n"]))
     words = [tool(cc), *STRICT, *flags, f"-DIMAGES={COUNT}", f"-I{folder}", "-o", "networks", *sources, str(HARNESS), "-lm"]
@@ -146,14 +159,15 @@ def check(
     winograd: Winograd = "init",
     relative: float = TOLERANCE,
     paths: tuple[str, ...] | None = None,
+    dtype: FloatDtype = "float32",
 ) -> None:
     """Every path of every program against the interpreter; `paths` are those that there must be, None: the plain one."""
     of = list(programs.values())
     images = [images_for(program) for program in of]
     with tempfile.TemporaryDirectory() as folder:
-        found = executed(of, images, command_of(compiled(of, Path(folder), cc, flags, winograd), cc))
+        found = executed(of, images, command_of(compiled(of, Path(folder), cc, flags, winograd, dtype), cc))
     for name, program, part, logits_by in zip(programs, of, images, found, strict=True):
-        expected = run(program, part)
+        expected = run(program if dtype == "float32" else with_rounded_kernels(program), part)
         assert "portable" in logits_by if paths is None else paths == tuple(logits_by)
         for path, logits in logits_by.items():
             error = np.abs(logits - expected).max() / np.abs(expected).max()

@@ -1,6 +1,7 @@
 """Random plans as C, under address and undefined-behaviour sanitizers, against the interpreters.
 
     python tests/fuzz_c.py --count 1000
+    python tests/fuzz_c.py --count 1000 --dtype bfloat16
     python tests/fuzz_c.py --count 1000 --dtype int8
 
 prints what it has done, and for a finding the plan and the seed that make it again.
@@ -20,6 +21,7 @@ import hypothesis.strategies as st
 import torch
 
 from c_networks import SANITIZED, check, check_int8, integers_of
+from dacnn.deploy.c.files import Dtype
 from dacnn.deploy.c.source import Winograd
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import Program
@@ -122,7 +124,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="plans")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
-    parser.add_argument("--dtype", choices=("float32", "int8"), default="float32")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="float32")
     of = parser.parse_args(words)
     torch.set_num_threads(1)
     began, findings, done = time.monotonic(), 0, 0
@@ -133,7 +135,7 @@ def main(words: list[str] | None = None) -> int:
             if of.dtype == "int8":
                 check_int8({name: integers_of(one) for name, one in programs.items()}, cc)
             else:
-                check(programs, cc, SANITIZED, winograd)
+                check(programs, cc, SANITIZED, winograd, dtype=of.dtype)
         except AssertionError as finding:
             return len(programs), f"{cc}, winograd {winograd}: {finding}"
         return len(programs), ""

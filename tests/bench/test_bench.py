@@ -200,6 +200,7 @@ def test_back_ends_of_ours_compute_the_same() -> None:
 def test_compiled_c_computes_the_same() -> None:
     tool("gcc")
     check_alone("dacnn-c")
+    check_alone("dacnn-c-bfloat16", error=0.05)
     check_alone("dacnn-c-int8", error=0.1)
 
 

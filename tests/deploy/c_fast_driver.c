@@ -1,12 +1,14 @@
 /* Runs convolutions from standard input by the code of one instruction set, its argument, and writes the results to standard output.
    Exits with 77 where the processor lacks it. A case: what is done, the numbers of the results and of the scratch, the description's 17
    integers, and then the arrays, each behind its length: image, kernel, scale, shift, residual. Memory is of exactly that size, aligned no
-   further than a float, and full of numbers that are none; behind kernels and scales are 16 floats of slack. */
+   further than a number, and full of numbers that are none; behind kernels are 16 numbers of slack. What is done is 4 more where the kernel
+   is read as bfloat16. */
 #include <stddef.h>
 #include <stdint.h>
 
 typedef struct {
     int in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups;
+    const uint16_t *halves;
     const float *kernel, *scale, *shift, *residual;
     int relu, pool;
 } net_convolution;
@@ -19,17 +21,19 @@ typedef struct {
 #include <stdlib.h>
 #include <string.h>
 
-enum { DIRECT, DEPTHWISE, WINOGRAD, TRANSFORM };
+enum { DIRECT, DEPTHWISE, WINOGRAD, TRANSFORM, KINDS };
 
 typedef struct {
     const char *name;
     int there;
-    void (*direct)(const net_convolution *, const float *, float *), (*depthwise)(const net_convolution *, const float *, float *);
+    void (*direct[2])(const net_convolution *, const float *, float *), (*depthwise[2])(const net_convolution *, const float *, float *);
     void (*winograd)(const net_convolution *, const float *, const float *, float *, float *);
-    void (*transform)(const float *, int, int, float *);
+    void (*transform)(const float *, int, int, float *), (*transform_halves)(const uint16_t *, int, int, float *);
 } code;
 
-#define CODE(ISA, THERE) {#ISA, THERE, convolve_direct_##ISA, convolve_depthwise_##ISA, convolve_winograd_##ISA, transform_kernel_##ISA}
+#define CODE(ISA, THERE) \
+    {#ISA, THERE, {convolve_direct_##ISA, convolve_direct_halves_##ISA}, {convolve_depthwise_##ISA, convolve_depthwise_halves_##ISA}, \
+     convolve_winograd_##ISA, transform_kernel_##ISA, transform_kernel_halves_##ISA}
 
 static float *memory(int floats)
 {
@@ -65,26 +69,56 @@ static float *array(int slack)
     return found;
 }
 
+/* the upper halves of floats, at an address that no float has */
+static uint16_t *halves_of(const float *numbers, int count)
+{
+    const size_t bytes = sizeof(uint16_t) * ((size_t)count + 17);
+    uint16_t *found = malloc(bytes);
+    if (found == NULL)
+        exit(3);
+    memset(found++, 0xff, bytes);
+    for (int i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, numbers + i, sizeof bits);
+        if ((bits & 0xffff) != 0)
+            exit(5);
+        found[i] = (uint16_t)(bits >> 16);
+    }
+    return found;
+}
+
+static void transform(const code *with, const net_convolution *c, float *transformed)
+{
+    if (c->halves != NULL)
+        with->transform_halves(c->halves, c->in_c, c->out_c, transformed);
+    else
+        with->transform(c->kernel, c->in_c, c->out_c, transformed);
+}
+
 static void put(const code *with, int what, int results, int scratch_floats)
 {
+    const int halved = what >= KINDS;
     net_convolution c;
-    float *x, *y = memory(results), *scratch = memory(scratch_floats), *transformed;
+    float *kernel, *x, *y = memory(results), *scratch = memory(scratch_floats), *transformed;
     get(&c.in_h, sizeof(int), 15);
     get(&c.relu, sizeof(int), 2);
     x = array(0);
-    c.kernel = array(16);
+    kernel = array(16);
+    c.halves = halved ? halves_of(kernel, c.kernel_h * c.kernel_w * (c.in_c / c.groups) * c.out_c) : NULL;
+    c.kernel = halved ? NULL : kernel;
     c.scale = array(0);
     c.shift = array(0);
     c.residual = array(0);
     transformed = memory(36 * c.in_c * ((c.out_c + 15) / 16 * 16));
+    what %= KINDS;
     if (what == TRANSFORM)
-        with->transform(c.kernel, c.in_c, c.out_c, y);
+        transform(with, &c, y);
     else if (what == DIRECT)
-        with->direct(&c, x, y);
+        with->direct[halved](&c, x, y);
     else if (what == DEPTHWISE)
-        with->depthwise(&c, x, y);
+        with->depthwise[halved](&c, x, y);
     else {
-        with->transform(c.kernel, c.in_c, c.out_c, transformed);
+        transform(with, &c, transformed);
         with->winograd(&c, transformed, x, y, scratch);
     }
     fwrite(y, sizeof(float), (size_t)results, stdout);
@@ -92,7 +126,9 @@ static void put(const code *with, int what, int results, int scratch_floats)
     release(y);
     release(scratch);
     release(transformed);
-    release(c.kernel);
+    release(kernel);
+    if (halved)
+        free((uint16_t *)(uintptr_t)c.halves - 1);
     release(c.scale);
     release(c.shift);
     release(c.residual);

@@ -30,6 +30,22 @@ def test_an_emulated_board_gives_the_bits_of_the_host(board: str, tmp_path: Path
     assert found == logits["portable"].tobytes()
 
 
+def test_kernels_in_bfloat16_take_half_the_flash_and_give_the_bits_of_the_host(tmp_path: Path) -> None:
+    program = lower(network_of("dacnn7", CLASSES, width=16))
+    files, floats = to_c(program, name="net", dtype="bfloat16"), to_c(program, name="net")
+    saved = footprint(floats, "cortex-m4").flash_bytes - footprint(files, "cortex-m4").flash_bytes
+    kernels = sum(tensor.nbytes for tensor in program.tensors.values() if tensor.ndim > 1)
+    # what stands behind each array, for vectors, is halved too, and a few instructions are others
+    assert abs(saved - kernels / 2) < 256
+    write(files, tmp_path)
+    images = images_for(program)
+    found = on_board("mps2-an386", images, tmp_path)
+    (tmp_path / "host").mkdir()
+    host = compiled([program], tmp_path / "host", flags=("-O1", SAME_ROUNDING), dtype="bfloat16")
+    (logits,) = executed([program], [images], [str(host)])
+    assert found == logits["portable"].tobytes()
+
+
 @pytest.mark.parametrize("target", get_args(Microcontroller))
 def test_flash_is_kernels_and_little_code_and_ram_is_what_the_header_says(target: Microcontroller) -> None:
     tool("arm-none-eabi-gcc")

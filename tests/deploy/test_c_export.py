@@ -12,11 +12,15 @@ import pytest
 import dacnn
 import dacnn.deploy.c.files
 import dacnn.deploy.export
-from c_networks import STRICT, network_of, tool
+from c_networks import STRICT, network_of, tool, with_rounded_kernels
+from dacnn.deploy.c.source import to_c
+from dacnn.deploy.lower import lower
 from dacnn.deploy.parity import noise_images, reference_logits
+from dacnn.deploy.program import Program
 from dacnn.errors import CheckpointError, ConfigError, DeployError, UnknownNameError
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Input
+from interpreter import run
 from reference import one_thread, randomise  # noqa: F401  (a fixture)
 
 
@@ -43,6 +47,37 @@ def test_a_library_is_built_where_it_is_wanted(network: Network, tmp_path: Path)
     images = noise_images(network.input, 2)
     expected = reference_logits(network, images)
     assert np.abs(dacnn.runtime.load(tmp_path / "net.so")(images.numpy()) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("share", ["all", "template"])
+def test_kernels_in_bfloat16_are_rounded_once_and_the_distance_is_told(share: str, tmp_path: Path) -> None:
+    network = network_of("dacnn7", ("a", "b", "c"), width=16, share=share)
+    images = noise_images(network.input, 5)
+    done = dacnn.export(network, "c", tmp_path / "net.c", dtype="bfloat16", build=True, images=images)
+    got, program = dacnn.runtime.load(tmp_path / "net.so")(images.numpy()), lower(network)
+    rounded, whole = (run(one, images.numpy()) for one in (with_rounded_kernels(program), program))
+    assert np.abs(got - rounded).max() < 1e-4 * np.abs(rounded).max()
+    assert done.parity.max_error == pytest.approx(np.abs(got - whole).max() / np.abs(whole).max(), rel=1e-3)
+    assert done.parity.max_error > 1e-4
+
+
+@pytest.mark.parametrize("what", ["steps", "code"])
+def test_rounding_excuses_no_other_difference(
+    network: Network, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(program: Program) -> Program:
+        tensors = {name: tensor * np.float32(1.01) if tensor.ndim > 1 else tensor for name, tensor in program.tensors.items()}
+        return dataclasses.replace(program, tensors=tensors)
+
+    if what == "steps":
+        monkeypatch.setattr(dacnn.deploy.export, "lower", lambda network: other(lower(network)))
+        says = "the program that was made of it does not compute what the network computes"
+    else:
+        monkeypatch.setattr(dacnn.deploy.c.files, "to_c", lambda program, **settings: to_c(other(program), **settings))
+        says = "what was exported does not compute what the program with rounded kernels computes"
+    with pytest.raises(DeployError, match=says):
+        dacnn.export(network, "c", tmp_path / "net.c", dtype="bfloat16")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("channels", [1, 3, 2])
@@ -123,6 +158,10 @@ def test_what_cannot_be_is_refused(network: Network, tmp_path: Path) -> None:
         dacnn.export(network, "c", tmp_path / "net.c", winograd="on")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="winograd is 'off', which 'onnx' does not take"):
         dacnn.export(network, "onnx", tmp_path / "net.c", winograd="off")
+    with pytest.raises(ConfigError, match="dtype is 'bfloat16', which 'onnx-loop' does not take"):
+        dacnn.export(network, "onnx-loop", tmp_path / "net.onnx", dtype="bfloat16")
+    with pytest.raises(UnknownNameError, match="unknown dtype 'float16'"):
+        dacnn.export(network, "c", tmp_path / "net.c", dtype="float16")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="build is 'True', which 'pt2' does not take"):
         dacnn.export(network, "pt2", tmp_path / "net.c", build=True)
     with pytest.raises(UnknownNameError, match="unknown microcontroller 'cortex-m5'"):

@@ -8,11 +8,13 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from c_networks import ARM64, command_of, tool
 from dacnn.deploy.c.fast import fast_values
 from dacnn.deploy.c.isa import AVX2, AVX512, ISAS, VECTOR
+from dacnn.deploy.c.weights import FLOATS, HALVES
 from dacnn.deploy.c.winograd import scratch_floats, transformed, transformed_floats, winograd_pays
 
 DRIVER = Path(__file__).parent / "c_fast_driver.c"
@@ -45,6 +47,7 @@ class Case:
     residual: bool = False
     relu: bool = False
     pool: bool = False
+    halves: bool = False
 
     def out(self) -> tuple[int, int]:
         """Rows and columns before pooling."""
@@ -68,7 +71,7 @@ UNLIKE = [
     {"stride": (1, 2), "padding": (0, 1, 2, 3)},
     {"dilation": (2, 1), "padding": (2, 1, 2, 1)},
 ]
-CASES = [
+FLOATING = [
     *(Case(what, *shape, **BEHIND[index % 4]) for what in (DIRECT, WINOGRAD) for index, shape in enumerate(SHAPES)),
     *(Case(DIRECT, 9, 6, *channels, **unlike, relu=True) for unlike in UNLIKE for channels in CHANNELS),
     *(Case(DIRECT, 6, 7, 12, 60, groups=groups, pool=groups == 2) for groups in (2, 3, 6)),
@@ -76,10 +79,12 @@ CASES = [
     *(Case(WINOGRAD, 7, 9, 5, 20, padding=padding) for padding in ((0, 0, 0, 0), (2, 2, 2, 2), (0, 1, 2, 0))),
     *(Case(TRANSFORM, 1, 1, *channels) for channels in CHANNELS),
 ]
+# each with a kernel of bfloat16 too
+CASES = [*FLOATING, *(dataclasses.replace(case, halves=True) for case in FLOATING)]
 
 
 def arrays(case: Case, seed: int) -> tuple[Array, Array, Array, Array, Array]:
-    """Image (H, W, I), kernel (O, I / groups, kernel's H, W), scale, shift and residual."""
+    """Image (H, W, I), kernel (O, I / groups, kernel's H, W), rounded if it is read as bfloat16, scale, shift and residual."""
     drawn = np.random.default_rng(seed)
     shapes = (
         (case.height, case.width, case.inputs),
@@ -88,7 +93,10 @@ def arrays(case: Case, seed: int) -> tuple[Array, Array, Array, Array, Array]:
         (case.outputs,),
         (*case.out(), case.outputs),
     )
-    return tuple(drawn.standard_normal(shape).astype(np.float32) for shape in shapes)  # type: ignore[return-value]
+    image, kernel, *behind = (drawn.standard_normal(shape).astype(np.float32) for shape in shapes)
+    if case.halves:
+        kernel = torch.from_numpy(kernel).bfloat16().float().numpy()
+    return image, kernel, *behind  # type: ignore[return-value]
 
 
 def expected(case: Case, seed: int) -> NDArray[np.float64]:
@@ -140,7 +148,7 @@ def encoded(case: Case, seed: int, results: int) -> bytes:
         *case.dilation,
         case.groups,
     )
-    head = np.array([case.what, results, scratch_floats(case.inputs), *sizes, case.relu, case.pool], np.int32)
+    head = np.array([case.what + 4 * case.halves, results, scratch_floats(case.inputs), *sizes, case.relu, case.pool], np.int32)
     parts = (
         image,
         blocked(case, kernel),
@@ -165,7 +173,8 @@ def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     # here too, where a user's file has better code, so that it is tested
     isas = (AVX512, AVX2, dataclasses.replace(VECTOR, guard="1"))
-    values = fast_values(64, 25, depthwise=True, winograd=True, transforms=True, isas=isas)
+    formats = (FLOATS, HALVES)
+    values = fast_values(64, 25, depthwise=True, winograd=True, weights=formats, transforms=formats, isas=isas)
     (folder / "fast.c").write_text(environment.get_template("fast.c.jinja").render(name="net", **values), encoding="ascii")
     built = folder / "driver"
     # an emulator has no libraries of the other processor to load

@@ -7,7 +7,7 @@ import pytest
 import foreign
 from c_networks import check, side_by_side
 from dacnn.config import NetworkConfig
-from dacnn.deploy.c.source import Winograd, to_c
+from dacnn.deploy.c.source import FloatDtype, Winograd, to_c
 from dacnn.deploy.lower import lower
 from dacnn.deploy.program import Program
 from dacnn.networks.factory import adapted_as
@@ -28,10 +28,11 @@ def test_every_network_of_the_zoo() -> None:
     check({"zoo": side_by_side(made(name, width=4) for name in DESIGNS)}, relative=RELATIVE)
 
 
+@pytest.mark.parametrize("dtype", get_args(FloatDtype))
 @pytest.mark.parametrize("winograd", get_args(Winograd))
-def test_every_scheme_wherever_transformed_kernels_come_from(winograd: Winograd) -> None:
+def test_every_scheme_wherever_transformed_kernels_come_from(winograd: Winograd, dtype: FloatDtype) -> None:
     programs = [made("dacnn7", width=16, share=share) for share in ("all", "stage", "template", "repeat", "none")]
-    check({"schemes": side_by_side(programs)}, relative=RELATIVE, winograd=winograd)
+    check({"schemes": side_by_side(programs)}, relative=RELATIVE, winograd=winograd, dtype=dtype)
 
 
 def test_every_regulator() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 import dacnn
 import foreign
+from c_networks import with_rounded_kernels
 from dacnn.deploy import packed
 from dacnn.deploy.lower import lower
 from dacnn.deploy.packing import arithmetic, onednn
@@ -407,7 +408,6 @@ def test_a_description_names_every_kernel(small: Program) -> None:
         ({"device": "meta"}, "device is 'meta': expected 'cpu' or 'cuda'"),
         ({"engine": "fortran"}, "engine is 'fortran': expected pytorch, c or auto"),
         ({"engine": "c", "winograd": "on"}, "winograd is 'on': expected init, file or off"),
-        ({"engine": "c", "device": "cpu", "dtype": "bfloat16"}, "engine is 'c', which computes in float32"),
         ({"winograd": "off"}, "winograd is 'off', but engine is 'pytorch', which has none: use 'c' or 'auto'"),
     ],
 )
@@ -468,6 +468,20 @@ def test_compiled_c_gives_what_the_program_says_and_pytorch_what_it_does_not_tak
     assert "1 pack" in ready.describe()
 
 
+@pytest.mark.parametrize("engine", ["c", "auto"])
+def test_compiled_c_holds_kernels_in_bfloat16_and_computes_in_float32(
+    small: Program, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "seconds_of", lambda *calls: [1.0, 2.0])
+    ready, whole = (dacnn.pack(small, engine=engine, device="cpu", dtype=dtype) for dtype in ("bfloat16", "float32"))  # type: ignore[arg-type]
+    rounded = with_rounded_kernels(small)
+    for given in (images_of(5, 32, 32), images_of(2, 40, 36), torch.randn(2, 3, 32, 32)):
+        assert error_of(ready(given), rounded, given) < TOLERANCE
+    assert ready.dtype == torch.bfloat16 and "kernels in bfloat16" in ready.describe()
+    library, other = (one._library for one in (ready, whole))
+    assert library is not None and other is not None and library.nbytes < other.nbytes
+
+
 def test_compiled_c_without_winograd_holds_each_kernel_as_it_is_stored() -> None:
     program = lower(dacnn.create("dacnn5", width=64).eval())
     bytes_of = {way: dacnn.pack(program, engine="c", device="cpu", winograd=way).nbytes for way in ("file", "off")}  # type: ignore[arg-type]
@@ -479,7 +493,7 @@ def test_compiled_c_without_winograd_holds_each_kernel_as_it_is_stored() -> None
 
 def test_the_faster_way_is_taken(small: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     library = compiled(small, "file")
-    monkeypatch.setattr(packed, "compiled", lambda program, winograd: library)
+    monkeypatch.setattr(packed, "compiled", lambda program, *settings: library)
     for seconds, way in (([1.0, 2.0], "compiled C"), ([2.0, 1.0], "steps")):
         monkeypatch.setattr(packed, "seconds_of", lambda *calls, seconds=seconds: seconds)
         assert way in dacnn.pack(small, engine="auto", device="cpu").describe().splitlines()[1]

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import dacnn
-from c_networks import network_of, tool
+from c_networks import network_of, tool, with_rounded_kernels
 from dacnn.deploy.c.wasm import Module
+from dacnn.deploy.lower import lower
 from dacnn.errors import ConfigError, DeployError
+from interpreter import run
 
 pytest.importorskip("wasmtime")
 CLASSES = tuple("abcde")
@@ -84,6 +86,18 @@ def test_each_kernel_is_there_once_and_nothing_else_is_needed(tmp_path: Path) ->
     # code, and the kernel: no copy of it, transformed or not
     assert len(content) < done.stored_bytes + 48 * 2**10
     assert done.path.stat().st_mode & 0o111 == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"share": "repeat"}], ids=str)
+def test_kernels_in_bfloat16_take_half_the_download(settings: dict[str, Any], tmp_path: Path) -> None:
+    network = network_of("dacnn14", CLASSES, width=32, **settings)
+    images = images_of(network, 3)
+    done = dacnn.export(network, "wasm", tmp_path / "net.wasm", dtype="bfloat16", images=images)
+    assert done.file_bytes < done.stored_bytes / 2 + 48 * 2**10
+    assert imports_of(done.path.read_bytes()) == 0
+    expected = run(with_rounded_kernels(lower(network)), images.numpy())
+    got = Module(done.path, len(CLASSES))(images.numpy())
+    assert np.abs(got - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 # whole blocks of sixteen channels, and one of four

@@ -110,6 +110,14 @@ _ALL = (
         "dacnn-c", "`--to c`, compiled by the system's compiler", f"{_OWN}:write_c", f"{_OWN}:load_c", "uint8", package="dacnn"
     ),
     Contender(
+        "dacnn-c-bfloat16",
+        "`--to c --dtype bfloat16`: kernels in half the bytes, sums in float32",
+        f"{_OWN}:write_c_bfloat16",
+        f"{_OWN}:load_c",
+        "uint8",
+        package="dacnn",
+    ),
+    Contender(
         "dacnn-c-int8",
         "`--to c --dtype int8`, calibrated on noise: its time counts, not its accuracy",
         f"{_OWN}:write_c_int8",

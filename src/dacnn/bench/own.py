@@ -76,6 +76,11 @@ def write_c(network: Classifier, folder: Path, largest_batch: int) -> None:
     build(to_c(lower(network), name="network"), folder / _LIBRARY)
 
 
+def write_c_bfloat16(network: Classifier, folder: Path, largest_batch: int) -> None:
+    """Compile the network likewise, its kernels in bfloat16."""
+    build(to_c(lower(network), name="network", dtype="bfloat16"), folder / _LIBRARY)
+
+
 def write_c_int8(network: Classifier, folder: Path, largest_batch: int) -> None:
     """Compile the network in int8; where it has not learnt the ranges of its values, they are found on images of noise."""
     calibration = noise_images(network.input, CALIBRATION_IMAGES) if network.ranges is None else None

@@ -20,7 +20,10 @@ def export(
     to: Annotated[Literal["onnx", "onnx-loop", "pt2", "c", "wasm"], word("what to write")],
     out: Annotated[Path, word("the file", "FILE")],
     input: Annotated[Literal["uint8", "float"], word("take images as they are, or normalised N x C x H x W")] = "uint8",
-    dtype: Annotated[Literal["float32", "int8"], word("of c, wasm: int8 rounds kernels and values to eight bits")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "int8"],
+        word("of c, wasm: bfloat16 rounds kernels to half the bytes, int8 kernels and values to eight bits"),
+    ] = "float32",
     calibrate: Annotated[
         str | None,
         word("of int8: data set whose train images tell the ranges of the values (default: the run's own)", "SOURCE"),
@@ -66,10 +69,10 @@ def export(
     from dacnn.training.run import calibration_images, some_images
 
     if calibrate is not None and dtype != "int8":
-        raise ConfigError("--calibrate is given, but float32 has nothing to calibrate: leave it out, or add --dtype int8")
+        raise ConfigError(f"--calibrate is given, but {dtype} has nothing to calibrate: leave it out, or add --dtype int8")
     flash_bytes, ram_bytes = (None if size is None else parse_bytes(size) for size in (flash_budget, ram_budget))
-    wanted = Wanted(winograd, build, target, flash_bytes, ram_bytes)
-    check_settings(to, float_input=input == "float", dtype=dtype, form=form, wanted=wanted)
+    wanted = Wanted(dtype, winograd, build, target, flash_bytes, ram_bytes)
+    check_settings(to, float_input=input == "float", form=form, wanted=wanted)
     check_place(out)
     network, changes = load(run, into), settings_of(data_settings)
     with bar("loading") as tick:
@@ -87,7 +90,6 @@ def export(
         to,
         out,
         float_input=input == "float",
-        dtype=dtype,
         calibration=calibration,
         form=form,
         images=compared,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dacnn import runtime
 from dacnn.checkpoint import check_place, replacing, stored_once
-from dacnn.deploy.c.files import Wanted, write_c
+from dacnn.deploy.c.files import Dtype, Wanted, write_c
 from dacnn.deploy.c.same_bits import check_bits, check_same
 from dacnn.deploy.c.source import Winograd
 from dacnn.deploy.c.target import Footprint, Microcontroller
@@ -24,10 +24,11 @@ from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
-from dacnn.deploy.parity import Parity, check, measure, noise_images, reference_logits
+from dacnn.deploy.parity import Parity, check, compare, measure, noise_images, program_logits, reference_logits
 from dacnn.deploy.program import Program
 from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll
+from dacnn.deploy.rounding import in_bfloat16
 from dacnn.errors import ConfigError, DeployError, ShapeError, UnknownNameError
 from dacnn.networks.classifier import Classifier, as_network
 
@@ -35,7 +36,8 @@ from dacnn.networks.classifier import Classifier, as_network
 
 Target = Literal["onnx", "onnx-loop", "pt2", "c", "wasm"]
 Form = Literal["small", "fast"]
-Dtype = Literal["float32", "int8"]
+# runs an artefact on images as it takes them
+Runner = Callable[[Tensor], NDArray[Any]]
 # images of noise that are compared where none are given
 _NOISE = 16
 
@@ -97,8 +99,9 @@ def export(
             `wasm`: a WebAssembly module that needs no runtime, and the ES module that loads it.
         out: The file, of C its source, NAME.c; an older one is replaced as a whole.
         float_input: Take normalised floats N x C x H x W instead of uint8 images N x H x W x C.
-        dtype: Of `c` and `wasm`: `int8` rounds kernels and values to eight bits; the distance from the network is told, and
-            all its code must give the same bits as the integers evaluated in Python.
+        dtype: Of `c` and `wasm`: `bfloat16` rounds kernels, to half the bytes, and computes in float32; `int8` rounds kernels
+            and values to eight bits. How far that is from the network is told; the code must compute what the rounded numbers
+            give in float64, or the same bits as the integers evaluated in Python.
         calibration: Of int8: images from which the ranges of values are found, uint8, shape (N, H, W, C); some hundreds of
             those that the network was trained on. None: the ranges that it learnt when it was trained in int8.
         form: Of `onnx-loop`: `small` takes the least memory in ONNX Runtime, `fast` the least time; None: small.
@@ -128,10 +131,10 @@ def export(
         >>> done.parity.top1_agreement
         1.0
     """
-    wanted = Wanted(winograd, build, target, flash_budget, ram_budget)
-    check_settings(to, float_input=float_input, dtype=dtype, form=form, wanted=wanted)
+    wanted = Wanted(dtype, winograd, build, target, flash_budget, ram_budget)
+    check_settings(to, float_input=float_input, form=form, wanted=wanted)
     if dtype != "int8" and calibration is not None:
-        raise ConfigError("calibration is given, but float32 has nothing to calibrate: leave it out, or set dtype to 'int8'")
+        raise ConfigError(f"calibration is given, but {dtype} has nothing to calibrate: leave it out, or set dtype to 'int8'")
     path = Path(out)
     check_place(path)
     network = as_network(network)
@@ -150,12 +153,15 @@ def export(
         return parity
 
     if to in ("c", "wasm"):
-        program = lower(network) if dtype == "float32" else integers_of(network, calibration)
+        program = integers_of(network, calibration) if dtype == "int8" else lower(network)
 
         def code_compared(code: Path) -> Parity:
             compiled = runtime.load(code) if to == "c" else Module(code, len(program.classes))
             run: Runner = lambda part: compiled(part.numpy())  # noqa: E731
             if isinstance(program, Program):
+                if dtype == "bfloat16":
+                    check_rounded(program, run, images, reference, str(path))
+                    return measure(run, images, reference)
                 return compared(run)
             if to == "c":
                 check_bits(program, code, images, str(path))
@@ -197,15 +203,32 @@ def integers_of(network: Classifier, calibration: Tensor | None) -> IntegerProgr
     return quantize(program, ranges)
 
 
-def check_settings(to: Target, *, float_input: bool, dtype: Dtype, form: Form | None, wanted: Wanted) -> None:
+def check_rounded(program: Program, run: Runner, images: Tensor, reference: NDArray[np.float64], where: str) -> None:
+    """Refuse code with kernels of bfloat16 that computes anything else than these kernels give in the steps of the program.
+
+    Args:
+        program: A flat program, not rounded.
+        run: The code, from images to logits.
+        images: uint8, shape (N, H, W, C).
+        reference: Logits of the network, in float64: what the steps must give before kernels are rounded.
+        where: The file, for the message.
+
+    Raises:
+        DeployError: The logits are others.
+    """
+    check(compare(program_logits(program, images), reference), f"{where}: the program that was made of it")
+    exact = program_logits(in_bfloat16(program), images)
+    check(measure(run, images, exact), f"{where}: what was exported", "the program with rounded kernels")
+
+
+def check_settings(to: Target, *, float_input: bool, form: Form | None, wanted: Wanted) -> None:
     """Refuse names that do not exist, and what the target does not have.
 
     Args:
         to: As `export` takes it, and the others likewise.
         float_input: See there.
-        dtype: See there.
         form: See there.
-        wanted: Of C.
+        wanted: Of C and WebAssembly.
 
     Raises:
         UnknownNameError: There is no such target, form or dtype.
@@ -213,7 +236,7 @@ def check_settings(to: Target, *, float_input: bool, dtype: Dtype, form: Form | 
     """
     known = (
         ("target", to, Target),
-        ("dtype", dtype, Dtype),
+        ("dtype", wanted.dtype, Dtype),
         ("form", form, Form),
         ("winograd", wanted.winograd, Winograd),
         ("microcontroller", wanted.target, Microcontroller),
@@ -223,26 +246,21 @@ def check_settings(to: Target, *, float_input: bool, dtype: Dtype, form: Form | 
             raise UnknownNameError(kind, word, get_args(names))
     if form is not None and to != "onnx-loop":
         raise ConfigError(f"form is '{form}', but '{to}' has no forms: leave it out, or export to 'onnx-loop'")
-    given = [item.name for item in fields(Wanted) if not any(getattr(wanted, item.name) is no for no in (None, False))]
-    taken = given if to == "c" else ["winograd"] if to == "wasm" else []
+    given = [item.name for item in fields(Wanted) if getattr(wanted, item.name) != item.default]
     for name in given:
-        if name not in taken:
+        takes = ("c", "wasm") if name in ("dtype", "winograd") else ("c",)
+        if to not in takes:
             raise ConfigError(
-                f"{name} is '{getattr(wanted, name)}', which '{to}' does not take: leave it out, or export to 'c'"
+                f"{name} is '{getattr(wanted, name)}', which '{to}' does not take: leave it out, or export to "
+                + " or ".join(f"'{one}'" for one in takes)
             )
     budgets = [name for name in given if name.endswith("_budget")]
     if budgets and wanted.target is None:
         raise ConfigError(f"{budgets[0]} is given, but not of what: name the microcontroller as target")
     if float_input and to in ("c", "wasm"):
         raise ConfigError("input is 'float', but the C code takes uint8 images: leave it out")
-    if dtype == "int8" and to not in ("c", "wasm"):
-        raise ConfigError(f"dtype is 'int8', but '{to}' is written in float32: leave it out, or export to 'c' or 'wasm'")
-    if dtype == "int8" and wanted.winograd is not None:
+    if wanted.dtype == "int8" and wanted.winograd is not None:
         raise ConfigError(f"winograd is '{wanted.winograd}', but int8 chooses its convolutions itself: leave it out")
-
-
-# runs an artefact on images as it takes them
-Runner = Callable[[Tensor], NDArray[Any]]
 
 
 def _write_onnx(network: Classifier, path: Path, float_input: bool, form: Form) -> Runner:

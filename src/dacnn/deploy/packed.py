@@ -13,6 +13,7 @@ from dacnn.deploy.lower import lower
 from dacnn.deploy.packing.compiled import Library, compiled, seconds_of
 from dacnn.deploy.packing.steps import Steps, outline
 from dacnn.deploy.program import Program
+from dacnn.deploy.rounding import in_bfloat16
 from dacnn.deploy.shapes import shapes
 from dacnn.errors import ArtefactError, ConfigError, DeployError, ShapeError
 from dacnn.networks.classifier import Classifier
@@ -31,7 +32,8 @@ class Packed:
 
     Attributes:
         device: Where it runs.
-        dtype: Number format of activations and kernels; sums, the linear layers and the logits are float32.
+        dtype: Number format of kernels and, in PyTorch, of activations; sums, the linear layers and the logits are float32, and
+            so is all that compiled C computes.
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class Packed:
         with self._lock:
             if self._steps is None:
                 assert self._program is not None
-                self._steps, self._program = Steps(self._program, self.device, self.dtype), None
+                # as C has it: rounded kernels, and all else in float32
+                halves = self.dtype == torch.bfloat16
+                program = in_bfloat16(self._program) if halves else self._program
+                self._steps, self._program = Steps(program, self.device, torch.float32), None
                 _give_back_freed_memory()
             return self._steps
 
@@ -153,12 +158,13 @@ def pack(
 
     Args:
         network: The network, or a program without loops.
-        dtype: Number format of activations and of the kernels of convolutions. `bfloat16` halves the time where the device has
-            units for it; where it has none, float32 is used and `describe()` says so. `auto` is the faster of the two.
+        dtype: Number format of activations and of the kernels of convolutions. In PyTorch `bfloat16` halves the time where the
+            device has units for it; where it has none, float32 is used and `describe()` says so. In C `bfloat16` halves the
+            kernels in the file, on every processor, and takes no less time. `auto` is the faster one.
         device: `cpu` or `cuda`; None is the GPU where there is one.
-        engine: `pytorch`: oneDNN through PyTorch, ready in milliseconds. `c`: C in float32, compiled now, which takes seconds
-            and a C compiler, for uint8 images of the network's size; others go through PyTorch. `auto`: the faster of both,
-            in a short trial on one image, whatever `dtype` is; PyTorch where C cannot be had.
+        engine: `pytorch`: oneDNN through PyTorch, ready in milliseconds. `c`: C that computes in float32, compiled now, which
+            takes seconds and a C compiler, for uint8 images of the network's size; others go through PyTorch. `auto`: the
+            faster of both, in a short trial on one image; PyTorch where C cannot be had.
         winograd: Of C. None is `file`: 3x3 kernels stand transformed in its library, four times as large, mapped from its
             file; `init`: they are transformed at the start, in private memory; `off`: as they are stored, in a third of the
             memory, and up to three times slower.
@@ -181,8 +187,6 @@ def pack(
     place = _device(device)
     if engine == "c" and place.type != "cpu":
         raise ConfigError(f"engine is 'c', but device is '{place.type}': expected 'cpu'")
-    if engine == "c" and dtype == "bfloat16":
-        raise ConfigError("dtype is 'bfloat16', but engine is 'c', which computes in float32: leave one of them out")
     if winograd not in (None, *get_args(Winograd)):
         raise ConfigError(f"winograd is '{winograd}': expected init, file or off")
     if winograd is not None and engine == "pytorch":
@@ -192,9 +196,9 @@ def pack(
     # in the file, transformed kernels are mapped: forked processes share them, and they are no private memory
     kernels = winograd or "file"
     if engine == "c":
-        return Packed(program, place, torch.float32, "float32", compiled(program, kernels))
+        return _in_c(program, kernels, dtype == "bfloat16")
     packed = Packed(program, place, chosen, reason)
-    return _faster(packed, program, kernels) if engine == "auto" and place.type == "cpu" else packed
+    return _faster(packed, program, kernels, dtype == "bfloat16") if engine == "auto" and place.type == "cpu" else packed
 
 
 def _give_back_freed_memory() -> None:
@@ -204,10 +208,17 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def _faster(packed: Packed, program: Program, winograd: Winograd) -> Packed:
+def _in_c(program: Program, winograd: Winograd, halves: bool) -> Packed:
+    """Compiled C, whose kernels may be of bfloat16."""
+    library = compiled(program, winograd, "bfloat16" if halves else "float32")
+    dtype, reason = (torch.bfloat16, "kernels in bfloat16, all else in float32") if halves else (torch.float32, "float32")
+    return Packed(program, torch.device("cpu"), dtype, reason, library)
+
+
+def _faster(packed: Packed, program: Program, winograd: Winograd, halves: bool) -> Packed:
     """What is packed already, or compiled C where that takes less time for an image."""
     try:
-        in_c = Packed(program, packed.device, torch.float32, "float32", compiled(program, winograd))
+        in_c = _in_c(program, winograd, halves)
     except (DeployError, ArtefactError, OSError):
         # no compiler, or one for another processor, or no folder from which a library may be loaded
         return packed

@@ -10,6 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dacnn.deploy.integers.floats import run
+from dacnn.deploy.program import Program
+from dacnn.deploy.shapes import flat_steps
 from dacnn.errors import DeployError, told
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.plan import Input
@@ -85,6 +88,24 @@ def reference_logits(network: Classifier, images: Tensor) -> NDArray[np.float64]
     return torch.cat(logits).numpy()
 
 
+@torch.no_grad()
+def program_logits(program: Program, images: Tensor) -> NDArray[np.float64]:
+    """What the steps of a program give when rounding plays no part.
+
+    Args:
+        program: A flat program.
+        images: uint8, shape (N, H, W, C).
+
+    Returns:
+        Logits, shape (N, K), computed in float64.
+    """
+    of, steps = program.input, flat_steps(program)
+    mean, std = (torch.tensor(numbers, dtype=torch.float64) for numbers in (of.mean, of.std))
+    tensors = {name: torch.from_numpy(tensor).double() for name, tensor in program.tensors.items()}
+    parts = [((part / 255.0 - mean) / std).permute(0, 3, 1, 2) for part in torch.split(images.double(), _BATCH)]
+    return torch.cat([run(steps, program.result, part, of, tensors) for part in parts]).numpy()
+
+
 def measure(
     run: Callable[[Tensor], NDArray[Any]], images: Tensor, reference: NDArray[np.float64], batch_size: int = _BATCH
 ) -> Parity:
@@ -119,19 +140,20 @@ def compare(logits: NDArray[np.float64], reference: NDArray[np.float64]) -> Pari
     )
 
 
-def check(parity: Parity, what: str) -> None:
+def check(parity: Parity, what: str, than: str = "the network") -> None:
     """Refuse what does not compute the same.
 
     Args:
         parity: The comparison.
         what: What was compared, for the message.
+        than: With what, likewise.
 
     Raises:
         DeployError: The error is larger than rounding explains.
     """
     if parity.max_error > TOLERANCE or parity.unexplained:
         raise DeployError(
-            f"{what} does not compute what the network computes: logits differ by {parity.max_error:.1e} of the largest one "
+            f"{what} does not compute what {than} computes: logits differ by {parity.max_error:.1e} of the largest one "
             f"(expected at most {TOLERANCE:.0e}), the first guess on {1 - parity.top1_agreement:.2%} of {parity.images} "
             "images: nothing was written; please report it with the network's plan"
         )

@@ -93,6 +93,7 @@ class Calls:
         program: What it was made from.
         rows: The table.
         arrays: Stored numbers by name, each once.
+        held: Those of the arrays that hold kernels, or what kernels are computed from.
         sizes: How many numbers each value has.
         result: The value that holds the logits.
         kernels: Those kernels of the arrays that Winograd's convolution reads, as (O, I, 3, 3).
@@ -102,6 +103,7 @@ class Calls:
     program: Program
     rows: list[Call] = field(default_factory=list)
     arrays: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
     sizes: dict[str, int] = field(default_factory=dict)
     result: str = ""
     kernels: dict[str, NDArray[np.float32]] = field(default_factory=dict)

@@ -4,12 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from dacnn.deploy.c.isa import ISAS, Isa
+from dacnn.deploy.c.weights import Weights
 from dacnn.deploy.c.winograd import TILES
 from dacnn.sharing.winograd import LARGE_POINT, SMALL_POINT
 
 
 def fast_values(
-    padding: int, taps: int, *, depthwise: bool, winograd: bool, transforms: bool, isas: Sequence[Isa] = ISAS
+    padding: int,
+    taps: int,
+    *,
+    depthwise: bool,
+    winograd: bool,
+    weights: Sequence[Weights],
+    transforms: Sequence[Weights],
+    isas: Sequence[Isa] = ISAS,
 ) -> dict[str, Any]:
     """Values for the templates, beside the `name` that begins all names.
 
@@ -18,7 +26,8 @@ def fast_values(
         taps: Rows times columns of the largest kernel that is convolved directly or depthwise; 0: there is none.
         depthwise: Whether a convolution is depthwise.
         winograd: Whether a convolution is Winograd's.
-        transforms: Whether kernels are transformed in C.
+        weights: Formats of the kernels that convolutions read as they are.
+        transforms: Formats of the kernels that are transformed in C.
         isas: Instruction sets to write code for.
 
     Returns:
@@ -29,6 +38,7 @@ def fast_values(
         "taps": taps,
         "depthwise": depthwise,
         "winograd": winograd,
+        "weights": weights,
         "transforms": transforms,
         "isas": isas,
         "winograd_tiles": TILES,

@@ -5,18 +5,21 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dacnn.checkpoint import replacing
 from dacnn.deploy.c.build import build
 from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.literals import identifier
 from dacnn.deploy.c.provenance import signed
-from dacnn.deploy.c.source import CSource, Winograd, to_c
+from dacnn.deploy.c.source import CSource, FloatDtype, Winograd, to_c
 from dacnn.deploy.c.target import Footprint, Microcontroller, check_budget, footprint
 from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.parity import Parity
 from dacnn.deploy.program import Program
 from dacnn.errors import DeployError
+
+Dtype = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Wanted:
     """How the files shall be.
 
     Attributes:
+        dtype: Number format of the kernels; int8 is that of the values too.
         winograd: Where the kernels of Winograd's convolution come from, as for `to_c`; None: init.
         build: Whether the shared library is written.
         target: The microcontroller that the network shall run on.
@@ -50,6 +54,7 @@ class Wanted:
         ram_budget: Bytes of its RAM; None: any.
     """
 
+    dtype: Dtype = "float32"
     winograd: Winograd | None = None
     build: bool = False
     target: Microcontroller | None = None
@@ -63,7 +68,7 @@ def files_of(program: Program | IntegerProgram, name: str, wanted: Wanted) -> CS
     Args:
         program: A flat Program, or one in integers.
         name: What all names in it begin with.
-        wanted: How Winograd's kernels come to be.
+        wanted: The format of kernels, and how Winograd's come to be.
 
     Returns:
         The files.
@@ -73,7 +78,8 @@ def files_of(program: Program | IntegerProgram, name: str, wanted: Wanted) -> CS
     """
     if isinstance(program, IntegerProgram):
         return to_c_int8(program, name=name)
-    return to_c(program, name=name, winograd=wanted.winograd or "init")
+    dtype: FloatDtype = "bfloat16" if wanted.dtype == "bfloat16" else "float32"
+    return to_c(program, name=name, winograd=wanted.winograd or "init", dtype=dtype)
 
 
 def write_c(program: Program | IntegerProgram, path: Path, compare: Callable[[Path], Parity], wanted: Wanted) -> Written:

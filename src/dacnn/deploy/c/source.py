@@ -9,13 +9,16 @@ from dacnn.deploy.c.arrays import SLACK, depthwise
 from dacnn.deploy.c.calls import ACTIVATIONS, Call, Calls
 from dacnn.deploy.c.fast import fast_values
 from dacnn.deploy.c.isa import ISAS
-from dacnn.deploy.c.literals import comment, counted, floats, identifier, string
+from dacnn.deploy.c.literals import comment, counted, floats, identifier, integers, string
 from dacnn.deploy.c.memory import Memory, plan
 from dacnn.deploy.c.prepared import prepare, transformed
 from dacnn.deploy.c.translate import translate
+from dacnn.deploy.c.weights import FLOATS, HALVES, Weights, halves
 from dacnn.deploy.program import IMAGES, Program
+from dacnn.deploy.rounding import in_bfloat16
 
 Winograd = Literal["init", "file", "off"]
+FloatDtype = Literal["float32", "bfloat16"]
 # of the description that a shared library gives; changes with its fields
 ABI = 1
 # offsets are counted in floats; a vector of 64 bytes that begins at one lies in one line of the cache
@@ -52,7 +55,7 @@ class CSource:
     portable_workspace_bytes: int
 
 
-def to_c(program: Program, *, name: str, winograd: Winograd = "init") -> CSource:
+def to_c(program: Program, *, name: str, winograd: Winograd = "init", dtype: FloatDtype = "float32") -> CSource:
     """Write a Program as C.
 
     Each kernel is in it once, and is read by a loop over the steps. There is no heap and no state but what the caller gives.
@@ -62,6 +65,7 @@ def to_c(program: Program, *, name: str, winograd: Winograd = "init") -> CSource
         name: What the file shall be called without its ending; all its names begin with that.
         winograd: Where the kernels of Winograd's convolution come from: `init` computes them at the start, `file` has them in
             the file, `off` does without that convolution.
+        dtype: `bfloat16` rounds kernels, and holds them in half the bytes; all that is computed is float32.
 
     Returns:
         The files.
@@ -69,9 +73,11 @@ def to_c(program: Program, *, name: str, winograd: Winograd = "init") -> CSource
     Raises:
         DeployError: `name` is no name in C, the Program has loops, or has numbers that are none.
     """
-    calls = translate(program, winograd != "off")
+    stored = HALVES if dtype == "bfloat16" else FLOATS
+    calls = translate(in_bfloat16(program) if stored is HALVES else program, winograd != "off")
     memory = _places(calls)
-    values = _names(identifier(name), program) | _table(calls, memory) | _sizes(calls, memory, winograd == "file")
+    names, sizes = _names(identifier(name), program), _sizes(calls, memory, stored, winograd == "file")
+    values = names | _table(calls, memory) | sizes | {"stored": stored, "arrays": _arrays(calls, stored)}
     return CSource(
         name,
         render("network.c.jinja", values),
@@ -119,8 +125,6 @@ def _table(calls: Calls, memory: Memory) -> dict[str, Any]:
     geometries = list(dict.fromkeys(row.geometry for row in calls.rows))
     ops = sorted({row.op for row in calls.rows})
     return {
-        "arrays": {array: floats(numbers) for array, numbers in calls.arrays.items()},
-        "lengths": {array: numbers.size + SLACK for array, numbers in calls.arrays.items()},
         "geometries": [astuple(geometry) for geometry in geometries],
         "steps": [_step(row, geometries.index(row.geometry), memory) for row in calls.rows],
         "ops": ops,
@@ -130,12 +134,24 @@ def _table(calls: Calls, memory: Memory) -> dict[str, Any]:
     }
 
 
+def _arrays(calls: Calls, stored: Weights) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": array,
+            "type": stored.type if array in calls.held else FLOATS.type,
+            "length": numbers.size + SLACK,
+            "numbers": integers(halves(numbers)) if stored is HALVES and array in calls.held else floats(numbers),
+        }
+        for array, numbers in calls.arrays.items()
+    ]
+
+
 def _step(row: Call, geometry: int, memory: Memory) -> dict[str, Any]:
     x, y, z = (0 if value is None else memory.offsets[value] for value in (row.x, row.y, row.z))
     return {"row": row, "geometry": geometry, "x": x, "y": y, "z": z}
 
 
-def _sizes(calls: Calls, memory: Memory, in_file: bool) -> dict[str, Any]:
+def _sizes(calls: Calls, memory: Memory, stored: Weights, in_file: bool) -> dict[str, Any]:
     """Of memory, and what the code for convolutions depends on."""
     convolutions = [row for row in calls.rows if row.op == "convolve"]
     direct = [row.geometry for row in convolutions if not row.winograd]
@@ -144,13 +160,17 @@ def _sizes(calls: Calls, memory: Memory, in_file: bool) -> dict[str, Any]:
     in_file = in_file and prepared.size > 0
     kernel_scratch = calls.scratch_kernel + SLACK if calls.scratch_kernel else 0
     portable = memory.size + SLACK + kernel_scratch
+    # a kernel that is computed is of floats; formats are a dictionary's keys, which keep their order and are there once
+    weights = (stored, *([FLOATS] if calls.scratch_kernel else []))
+    transforms = (*([stored] if prepared.size and not in_file else []), *([FLOATS] if prepared.kernel_scratch else []))
     return {
         **fast_values(
             max((row.geometry.in_c for row in convolutions), default=0),
             max((of.kernel_h * of.kernel_w for of in direct), default=0),
             depthwise=True in kinds,
             winograd=prepared.scratch > 0,
-            transforms=prepared.kernel_scratch > 0 or (prepared.size > 0 and not in_file),
+            weights=tuple(dict.fromkeys(weights)),
+            transforms=tuple(dict.fromkeys(transforms)),
             isas=ISAS if convolutions else (),
         ),
         "dense": False in kinds,

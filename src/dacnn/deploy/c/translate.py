@@ -94,6 +94,12 @@ class _Translation:
             self.done.arrays[self.names[key]] = np.ascontiguousarray(values, np.float32)
         return self.names[key]
 
+    def hold(self, *key: object, values: NDArray[np.floating]) -> str:
+        """Likewise of a kernel."""
+        name = self.put("kernel", *key, values=values)
+        self.done.held.add(name)
+        return name
+
     def tensor(self, reference: Reference | None) -> str | None:
         """Name of the array of a tensor as it is."""
         return None if reference is None else self.put(str(reference), values=self.program.tensors[str(reference)])
@@ -145,11 +151,11 @@ class _Translation:
         if isinstance(step, Linear):
             stored = arrays.as_convolution(stored, image)
         if isinstance(kernel, StoredKernel):
-            return self.put(str(kernel.tensor), image, groups, values=arrays.blocked(stored, groups))
+            return self.hold(str(kernel.tensor), image, groups, values=arrays.blocked(stored, groups))
         size = geometry.kernel_h * geometry.kernel_w * geometry.out_c * geometry.in_c // groups
         self.done.scratch_kernel = max(self.done.scratch_kernel, size)
         if isinstance(kernel, CombinedKernel):
-            bank = self.put(str(kernel.tensor), image, groups, "bank", values=arrays.blocked_bank(stored, groups))
+            bank = self.hold(str(kernel.tensor), image, groups, "bank", values=arrays.blocked_bank(stored, groups))
             sizes = Geometry(in_c=len(stored), out_c=size)
             self.done.rows.append(Call("combine", sizes, kernel=bank, scale=self.tensor(kernel.coefficients)))
         else:
@@ -163,7 +169,8 @@ class _Translation:
         gain, steepness = self.tensor(kernel.gain), self.tensor(kernel.steepness)
         # tiles of whole blocks are read in runs; others number by number, in the order of (O, I, H, W)
         whole = geometry.groups == 1 and outputs % arrays.BLOCK == 0
-        stored = self.put(str(kernel.tensor), None, 1, values=arrays.blocked(base, 1)) if whole else self.tensor(kernel.tensor)
+        order = (None, 1) if whole else ()
+        stored = self.hold(str(kernel.tensor), *order, values=arrays.blocked(base, 1) if whole else base)
         return Call("repeat", sizes, kernel=stored, scale=gain, shift=steepness)
 
     # ------------------------------------------------------------ all other steps

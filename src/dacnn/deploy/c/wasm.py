@@ -110,7 +110,7 @@ def write_wasm(program: Program | IntegerProgram, path: Path, compare: Callable[
         program: A flat Program, or one in integers.
         path: Of the module.
         compare: Compares the module with the network, and refuses what is too far from it.
-        wanted: How Winograd's kernels come to be.
+        wanted: The format of kernels, and how Winograd's come to be.
 
     Returns:
         What was written.

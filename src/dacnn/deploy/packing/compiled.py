@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dacnn import runtime
 from dacnn.deploy.c.build import build
-from dacnn.deploy.c.source import Winograd, to_c
+from dacnn.deploy.c.source import FloatDtype, Winograd, to_c
 from dacnn.deploy.program import Program
 
 # N images, H rows, W columns, C channels, K classes
@@ -45,12 +45,13 @@ class Library:
         return torch.from_numpy(self.network(images.numpy(), torch.get_num_threads()))
 
 
-def compiled(program: Program, winograd: Winograd) -> Library:
+def compiled(program: Program, winograd: Winograd, dtype: FloatDtype = "float32") -> Library:
     """Compile a flat program, which takes seconds, and load it.
 
     Args:
         program: The program.
         winograd: Where the kernels of Winograd's convolution come from.
+        dtype: Of the kernels.
 
     Returns:
         The library; its file is gone again.
@@ -60,7 +61,7 @@ def compiled(program: Program, winograd: Winograd) -> Library:
     """
     with tempfile.TemporaryDirectory(prefix="dacnn-") as folder:
         file = Path(folder) / "network.so"
-        build(to_c(program, name="network", winograd=winograd), file)
+        build(to_c(program, name="network", winograd=winograd, dtype=dtype), file)
         return Library(runtime.load(file), file.stat().st_size)
 
 
