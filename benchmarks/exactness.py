@@ -22,7 +22,7 @@ import dacnn
 from dacnn.data.sources import load_test
 from dacnn.deploy.c.build import build
 from dacnn.deploy.c.integer_source import to_c_int8
-from dacnn.deploy.c.source import to_c
+from dacnn.deploy.c.source import CSource, to_c
 from dacnn.deploy.export import integers_of
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
@@ -49,11 +49,12 @@ def back_ends(network: dacnn.Network, calibration: Tensor | None) -> Iterator[tu
             path.write_bytes(model.SerializeToString())
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
             yield name, functools.partial(run_session, session)
-        rounded = to_c_int8(integers_of(network, calibration), name="net")
-        for name, source in (("C, float32", to_c(program, name="net")), ("C, int8", rounded)):
-            path = Path(folder) / f"{name[3:]}.so"
+        sources: dict[str, CSource] = {dtype: to_c(program, name="net", dtype=dtype) for dtype in DTYPES}
+        sources["int8"] = to_c_int8(integers_of(network, calibration), name="net")
+        for dtype, source in sources.items():
+            path = Path(folder) / f"{dtype}.so"
             build(source, path)
-            yield name, functools.partial(run_compiled, dacnn.runtime.load(path))
+            yield f"C, {dtype}", functools.partial(run_compiled, dacnn.runtime.load(path))
     for dtype in DTYPES:
         yield f"pack, {dtype}", functools.partial(run_packed, dacnn.pack(program, dtype=dtype, device="cpu"))
 
