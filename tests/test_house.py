@@ -104,7 +104,7 @@ ORDER = [
     "deploy.c.arrays",
     "deploy.c.memory",
     "deploy.c.calls",
-    "deploy.c.weights",
+    "deploy.c.formats",
     "deploy.c.isa",
     "deploy.c.winograd",
     "deploy.c.fast",

@@ -8,7 +8,7 @@
 
 typedef struct {
     int in_h, in_w, in_c, out_h, out_w, out_c, kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, groups;
-    const uint16_t *halves;
+    const uint16_t *kernel_bfloat16;
     const float *kernel, *scale, *shift, *residual;
     int relu, pool;
 } net_convolution;
@@ -28,12 +28,12 @@ typedef struct {
     int there;
     void (*direct[2])(const net_convolution *, const float *, float *), (*depthwise[2])(const net_convolution *, const float *, float *);
     void (*winograd)(const net_convolution *, const float *, const float *, float *, float *);
-    void (*transform)(const float *, int, int, float *), (*transform_halves)(const uint16_t *, int, int, float *);
+    void (*transform)(const float *, int, int, float *), (*transform_bfloat16)(const uint16_t *, int, int, float *);
 } code;
 
 #define CODE(ISA, THERE) \
-    {#ISA, THERE, {convolve_direct_##ISA, convolve_direct_halves_##ISA}, {convolve_depthwise_##ISA, convolve_depthwise_halves_##ISA}, \
-     convolve_winograd_##ISA, transform_kernel_##ISA, transform_kernel_halves_##ISA}
+    {#ISA, THERE, {convolve_direct_##ISA, convolve_direct_bfloat16_##ISA}, {convolve_depthwise_##ISA, convolve_depthwise_bfloat16_##ISA}, \
+     convolve_winograd_##ISA, transform_kernel_##ISA, transform_kernel_bfloat16_##ISA}
 
 static float *memory(int floats)
 {
@@ -70,7 +70,7 @@ static float *array(int slack)
 }
 
 /* the upper halves of floats, at an address that no float has */
-static uint16_t *halves_of(const float *numbers, int count)
+static uint16_t *bfloat16_of(const float *numbers, int count)
 {
     const size_t bytes = sizeof(uint16_t) * ((size_t)count + 17);
     uint16_t *found = malloc(bytes);
@@ -89,8 +89,8 @@ static uint16_t *halves_of(const float *numbers, int count)
 
 static void transform(const code *with, const net_convolution *c, float *transformed)
 {
-    if (c->halves != NULL)
-        with->transform_halves(c->halves, c->in_c, c->out_c, transformed);
+    if (c->kernel_bfloat16 != NULL)
+        with->transform_bfloat16(c->kernel_bfloat16, c->in_c, c->out_c, transformed);
     else
         with->transform(c->kernel, c->in_c, c->out_c, transformed);
 }
@@ -104,7 +104,7 @@ static void put(const code *with, int what, int results, int scratch_floats)
     get(&c.relu, sizeof(int), 2);
     x = array(0);
     kernel = array(16);
-    c.halves = halved ? halves_of(kernel, c.kernel_h * c.kernel_w * (c.in_c / c.groups) * c.out_c) : NULL;
+    c.kernel_bfloat16 = halved ? bfloat16_of(kernel, c.kernel_h * c.kernel_w * (c.in_c / c.groups) * c.out_c) : NULL;
     c.kernel = halved ? NULL : kernel;
     c.scale = array(0);
     c.shift = array(0);
@@ -128,7 +128,7 @@ static void put(const code *with, int what, int results, int scratch_floats)
     release(transformed);
     release(kernel);
     if (halved)
-        free((uint16_t *)(uintptr_t)c.halves - 1);
+        free((uint16_t *)(uintptr_t)c.kernel_bfloat16 - 1);
     release(c.scale);
     release(c.shift);
     release(c.residual);

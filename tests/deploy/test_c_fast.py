@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from c_networks import ARM64, command_of, tool
 from dacnn.deploy.c.fast import fast_values
+from dacnn.deploy.c.formats import BFLOAT16, FLOAT32
 from dacnn.deploy.c.isa import AVX2, AVX512, ISAS, VECTOR
-from dacnn.deploy.c.weights import FLOATS, HALVES
 from dacnn.deploy.c.winograd import scratch_floats, transformed, transformed_floats, winograd_pays
 
 DRIVER = Path(__file__).parent / "c_fast_driver.c"
@@ -47,7 +47,7 @@ class Case:
     residual: bool = False
     relu: bool = False
     pool: bool = False
-    halves: bool = False
+    bfloat16: bool = False
 
     def out(self) -> tuple[int, int]:
         """Rows and columns before pooling."""
@@ -80,7 +80,7 @@ FLOATING = [
     *(Case(TRANSFORM, 1, 1, *channels) for channels in CHANNELS),
 ]
 # each with a kernel of bfloat16 too
-CASES = [*FLOATING, *(dataclasses.replace(case, halves=True) for case in FLOATING)]
+CASES = [*FLOATING, *(dataclasses.replace(case, bfloat16=True) for case in FLOATING)]
 
 
 def arrays(case: Case, seed: int) -> tuple[Array, Array, Array, Array, Array]:
@@ -94,7 +94,7 @@ def arrays(case: Case, seed: int) -> tuple[Array, Array, Array, Array, Array]:
         (*case.out(), case.outputs),
     )
     image, kernel, *behind = (drawn.standard_normal(shape).astype(np.float32) for shape in shapes)
-    if case.halves:
+    if case.bfloat16:
         kernel = torch.from_numpy(kernel).bfloat16().float().numpy()
     return image, kernel, *behind  # type: ignore[return-value]
 
@@ -148,7 +148,9 @@ def encoded(case: Case, seed: int, results: int) -> bytes:
         *case.dilation,
         case.groups,
     )
-    head = np.array([case.what + 4 * case.halves, results, scratch_floats(case.inputs), *sizes, case.relu, case.pool], np.int32)
+    head = np.array(
+        [case.what + 4 * case.bfloat16, results, scratch_floats(case.inputs), *sizes, case.relu, case.pool], np.int32
+    )
     parts = (
         image,
         blocked(case, kernel),
@@ -173,8 +175,8 @@ def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     # here too, where a user's file has better code, so that it is tested
     isas = (AVX512, AVX2, dataclasses.replace(VECTOR, guard="1"))
-    formats = (FLOATS, HALVES)
-    values = fast_values(64, 25, depthwise=True, winograd=True, weights=formats, transforms=formats, isas=isas)
+    formats = (FLOAT32, BFLOAT16)
+    values = fast_values(64, 25, depthwise=True, winograd=True, direct_formats=formats, transforms=formats, isas=isas)
     (folder / "fast.c").write_text(environment.get_template("fast.c.jinja").render(name="net", **values), encoding="ascii")
     built = folder / "driver"
     # an emulator has no libraries of the other processor to load

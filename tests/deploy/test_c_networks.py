@@ -32,7 +32,9 @@ def test_every_network_of_the_zoo() -> None:
 @pytest.mark.parametrize("winograd", get_args(Winograd))
 def test_every_scheme_wherever_transformed_kernels_come_from(winograd: Winograd, dtype: FloatDtype) -> None:
     programs = [made("dacnn7", width=16, share=share) for share in ("all", "stage", "template", "repeat", "none")]
-    check({"schemes": side_by_side(programs)}, relative=RELATIVE, winograd=winograd, dtype=dtype)
+    # clang warns of inline functions that nobody calls, which differ with the format
+    cc = "clang" if dtype == "bfloat16" else "gcc"
+    check({"schemes": side_by_side(programs)}, cc, relative=RELATIVE, winograd=winograd, dtype=dtype)
 
 
 def test_every_regulator() -> None:

@@ -1,9 +1,11 @@
 """Every operation of a program, compiled from C under sanitizers, gives what the interpreter gives."""
 
+from typing import get_args
+
 import pytest
 
 from c_networks import SANITIZED, check, side_by_side
-from dacnn.deploy.c.source import Winograd
+from dacnn.deploy.c.source import FloatDtype, Winograd
 from dacnn.deploy.program import (
     Activate,
     Add,
@@ -264,9 +266,10 @@ ALONE: dict[str, Program] = {
 }
 
 
+@pytest.mark.parametrize("dtype", get_args(FloatDtype))
 @pytest.mark.parametrize("cc", ["gcc", "clang"])
-def test_a_network_has_only_the_code_that_it_needs(cc: str) -> None:
-    check(ALONE, cc, relative=EXACT)
+def test_a_network_has_only_the_code_that_it_needs(cc: str, dtype: FloatDtype) -> None:
+    check(ALONE, cc, relative=EXACT, dtype=dtype)
 
 
 @pytest.mark.parametrize("cc", ["gcc", "clang"])

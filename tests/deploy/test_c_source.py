@@ -46,7 +46,7 @@ def test_numbers_that_are_none_are_refused() -> None:
 @given(words=st.lists(st.text(max_size=8), min_size=len(CLASSES), max_size=len(CLASSES)), name=st.text(max_size=20))
 def test_any_words_may_name_classes_and_networks(words: list[str], name: str, tmp_path: Path) -> None:
     of = Program(name, TINY.input, tuple(words), TINY.steps, TINY.result, TINY.tensors)
-    files = signed(to_c(of, name="net"), of, Parity(1, 0.0, 1.0, 0))
+    files = signed(to_c(of, name="net"), of, Parity(1, 0.0, 1.0, 0), "float32")
     command = [tool("gcc"), *STRICT, "-fsyntax-only", "-Dnet_PORTABLE", write(files, tmp_path).name]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -99,10 +99,11 @@ def test_the_same_program_gives_the_same_text() -> None:
 
 
 def test_the_file_says_where_it_comes_from() -> None:
-    files = signed(to_c(TINY, name="net"), TINY, Parity(5, 2e-7, 1.0, 0))
+    files = signed(to_c(TINY, name="net"), TINY, Parity(5, 2e-7, 1.0, 0), "float32")
     for text in (files.source, files.header, files.example):
         head = text[: text.index("*/")]
         assert "tiny, written by dacnn" in head and weights_hash(TINY.tensors) in head
+        assert "kernels are written in float32" in head
         assert "checked on 5 images" in head and "2.0e-07" in head and "100.00%" in head
         assert "12 x 10 x 3, those of another size fitted to it by 'pad'" in head and "mean 0.5 0.4 0.3" in head
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from c_networks import network_of
-from dacnn.deploy.c.weights import halves
+from dacnn.deploy.c.formats import upper_halves
 from dacnn.deploy.lower import lower
 from dacnn.deploy.rounding import in_bfloat16, rounded
 from dacnn.errors import DeployError
@@ -21,7 +21,7 @@ def test_numbers_become_those_that_pytorch_takes(bits: list[int]) -> None:
     expected = torch.from_numpy(values.copy()).bfloat16()
     got = rounded(values)
     assert got.tobytes() == expected.float().numpy().tobytes()
-    assert halves(got).tobytes() == expected.view(torch.int16).numpy().tobytes()
+    assert upper_halves(got).tobytes() == expected.view(torch.int16).numpy().tobytes()
 
 
 @pytest.mark.parametrize("share", ["all", "template", "repeat"])
@@ -39,6 +39,7 @@ def test_kernels_are_rounded_and_nothing_else(share: str) -> None:
 def test_what_bfloat16_cannot_be_is_refused() -> None:
     program = lower(network_of("dacnn3", ("a", "b"), width=4))
     name = next(name for name, tensor in program.tensors.items() if tensor.ndim == 4)
-    large = {**program.tensors, name: np.full_like(program.tensors[name], np.finfo(np.float32).max)}
-    with pytest.raises(DeployError, match=f"'{name}' has values above 3.39e38"):
-        in_bfloat16(dataclasses.replace(program, tensors=large))
+    for bits in (0x7F7FFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001):
+        wrong = {**program.tensors, name: np.full(program.tensors[name].shape, bits, np.uint32).view(np.float32)}
+        with pytest.raises(DeployError, match=f"'{name}' has values that are no numbers, or above 3.39e38"):
+            in_bfloat16(dataclasses.replace(program, tensors=wrong))

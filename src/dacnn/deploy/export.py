@@ -24,11 +24,10 @@ from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
-from dacnn.deploy.parity import Parity, check, compare, measure, noise_images, program_logits, reference_logits
+from dacnn.deploy.parity import Parity, check, check_rounded, measure, noise_images, reference_logits
 from dacnn.deploy.program import Program
 from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll
-from dacnn.deploy.rounding import in_bfloat16
 from dacnn.errors import ConfigError, DeployError, ShapeError, UnknownNameError
 from dacnn.networks.classifier import Classifier, as_network
 
@@ -144,40 +143,65 @@ def export(
         raise ShapeError(f"images are {found}: expected a uint8 tensor, N x H x W x C: torch.from_numpy makes one of an array")
     if len(images) == 0:
         raise ConfigError("images has none in it: expected some to compare on, or None for noise")
-    reference = reference_logits(network, images)
-    stored = sum(tensor.nbytes for tensor in stored_once(network.state_dict()).values())
+    expected = _Expected(path, images, reference_logits(network, images))
+    if to in ("c", "wasm"):
+        return _export_code(network, to, expected, wanted, calibration)
+    return _export_graph(network, to, expected, float_input, form or "small")
 
-    def compared(run: Runner) -> Parity:
-        parity = measure(run, images, reference)
-        check(parity, f"{path}: what was exported")
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a file has to compute: the logits, N x K in float64, of images, uint8, N x H x W x C."""
+
+    path: Path
+    images: Tensor
+    logits: NDArray[np.float64]
+
+    def checked(self, run: Runner) -> Parity:
+        """The distance, which rounding of float32 must explain."""
+        parity = self.measured(run)
+        check(parity, f"{self.path}: what was exported")
         return parity
 
-    if to in ("c", "wasm"):
-        program = integers_of(network, calibration) if dtype == "int8" else lower(network)
+    def measured(self, run: Runner) -> Parity:
+        return measure(run, self.images, self.logits)
 
-        def code_compared(code: Path) -> Parity:
-            compiled = runtime.load(code) if to == "c" else Module(code, len(program.classes))
-            run: Runner = lambda part: compiled(part.numpy())  # noqa: E731
-            if isinstance(program, Program):
-                if dtype == "bfloat16":
-                    check_rounded(program, run, images, reference, str(path))
-                    return measure(run, images, reference)
-                return compared(run)
-            if to == "c":
-                check_bits(program, code, images, str(path))
-            else:
-                check_same(program, compiled, images, str(path))
-            return measure(run, images, reference)
 
-        done = (write_c if to == "c" else write_wasm)(program, path, code_compared, wanted)
-        sizes = (done.workspace_bytes, done.context_bytes, done.footprint)
-        return Exported(to, path, path.stat().st_size, stored, done.parity, done.others, *sizes)
-    with replacing(path) as beside:
-        run = _WRITERS[to](network, beside, float_input, form or "small")
+def _export_code(network: Classifier, to: Target, expected: _Expected, wanted: Wanted, calibration: Tensor | None) -> Exported:
+    """Write C, or WebAssembly, which is made of C."""
+    program = integers_of(network, calibration) if wanted.dtype == "int8" else lower(network)
+
+    def compared(code: Path) -> Parity:
+        compiled = runtime.load(code) if to == "c" else Module(code, len(program.classes))
+        run: Runner = lambda part: compiled(part.numpy())  # noqa: E731
+        if isinstance(program, Program):
+            if wanted.dtype == "float32":
+                return expected.checked(run)
+            return check_rounded(program, run, expected.images, expected.logits, str(expected.path))
+        if to == "c":
+            check_bits(program, code, expected.images, str(expected.path))
+        else:
+            check_same(program, compiled, expected.images, str(expected.path))
+        return expected.measured(run)
+
+    done = (write_c if to == "c" else write_wasm)(program, expected.path, compared, wanted)
+    sizes = (done.workspace_bytes, done.context_bytes, done.footprint)
+    file_bytes = expected.path.stat().st_size
+    return Exported(to, expected.path, file_bytes, _stored_bytes(network), done.parity, done.others, *sizes)
+
+
+def _export_graph(network: Classifier, to: Target, expected: _Expected, float_input: bool, form: Form) -> Exported:
+    """Write what a runtime interprets."""
+    with replacing(expected.path) as beside:
+        run = _WRITERS[to](network, beside, float_input, form)
         normalize = copy.deepcopy(network.normalize).to("cpu", torch.float32)
-        parity = compared(lambda part: run(normalize(part).contiguous() if float_input else part))
+        parity = expected.checked(lambda part: run(normalize(part).contiguous() if float_input else part))
         file_bytes = beside.stat().st_size
-    return Exported(to, path, file_bytes, stored, parity)
+    return Exported(to, expected.path, file_bytes, _stored_bytes(network), parity)
+
+
+def _stored_bytes(network: Classifier) -> int:
+    return sum(tensor.nbytes for tensor in stored_once(network.state_dict()).values())
 
 
 def integers_of(network: Classifier, calibration: Tensor | None) -> IntegerProgram:
@@ -201,24 +225,6 @@ def integers_of(network: Classifier, calibration: Tensor | None) -> IntegerProgr
             "(--calibrate SOURCE), or train it in int8"
         )
     return quantize(program, ranges)
-
-
-def check_rounded(program: Program, run: Runner, images: Tensor, reference: NDArray[np.float64], where: str) -> None:
-    """Refuse code with kernels of bfloat16 that computes anything else than these kernels give in the steps of the program.
-
-    Args:
-        program: A flat program, not rounded.
-        run: The code, from images to logits.
-        images: uint8, shape (N, H, W, C).
-        reference: Logits of the network, in float64: what the steps must give before kernels are rounded.
-        where: The file, for the message.
-
-    Raises:
-        DeployError: The logits are others.
-    """
-    check(compare(program_logits(program, images), reference), f"{where}: the program that was made of it")
-    exact = program_logits(in_bfloat16(program), images)
-    check(measure(run, images, exact), f"{where}: what was exported", "the program with rounded kernels")
 
 
 def check_settings(to: Target, *, float_input: bool, form: Form | None, wanted: Wanted) -> None:

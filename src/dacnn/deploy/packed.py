@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dacnn.deploy.c.source import Winograd
+from dacnn.deploy.c.source import FloatDtype, Winograd
 from dacnn.deploy.lower import lower
 from dacnn.deploy.packing.compiled import Library, compiled, seconds_of
 from dacnn.deploy.packing.steps import Steps, outline
@@ -32,8 +32,8 @@ class Packed:
 
     Attributes:
         device: Where it runs.
-        dtype: Number format of kernels and, in PyTorch, of activations; sums, the linear layers and the logits are float32, and
-            so is all that compiled C computes.
+        dtype: Number format of kernels and, in PyTorch, of activations. Sums and logits are float32; so are PyTorch's
+            linear layers, and all that compiled C computes.
     """
 
     def __init__(
@@ -59,8 +59,7 @@ class Packed:
             if self._steps is None:
                 assert self._program is not None
                 # as C has it: rounded kernels, and all else in float32
-                halves = self.dtype == torch.bfloat16
-                program = in_bfloat16(self._program) if halves else self._program
+                program = in_bfloat16(self._program) if self.dtype == torch.bfloat16 else self._program
                 self._steps, self._program = Steps(program, self.device, torch.float32), None
                 _give_back_freed_memory()
             return self._steps
@@ -159,8 +158,9 @@ def pack(
     Args:
         network: The network, or a program without loops.
         dtype: Number format of activations and of the kernels of convolutions. In PyTorch `bfloat16` halves the time where the
-            device has units for it; where it has none, float32 is used and `describe()` says so. In C `bfloat16` halves the
-            kernels in the file, on every processor, and takes no less time. `auto` is the faster one.
+            device has units for it; where it has none, float32 is used and `describe()` says so. In C `bfloat16` halves
+            the kernels as they are stored, those of linear layers too, on every processor; it takes no less time. `auto` is the
+            faster one.
         device: `cpu` or `cuda`; None is the GPU where there is one.
         engine: `pytorch`: oneDNN through PyTorch, ready in milliseconds. `c`: C that computes in float32, compiled now, which
             takes seconds and a C compiler, for uint8 images of the network's size; others go through PyTorch. `auto`: the
@@ -195,10 +195,12 @@ def pack(
     program = network if isinstance(network, Program) else lower(network)
     # in the file, transformed kernels are mapped: forked processes share them, and they are no private memory
     kernels = winograd or "file"
+    # nothing is faster there than float32
+    in_c: FloatDtype = "bfloat16" if dtype == "bfloat16" else "float32"
     if engine == "c":
-        return _in_c(program, kernels, dtype == "bfloat16")
+        return _in_c(program, kernels, in_c)
     packed = Packed(program, place, chosen, reason)
-    return _faster(packed, program, kernels, dtype == "bfloat16") if engine == "auto" and place.type == "cpu" else packed
+    return _faster(packed, program, kernels, in_c) if engine == "auto" and place.type == "cpu" else packed
 
 
 def _give_back_freed_memory() -> None:
@@ -208,17 +210,16 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def _in_c(program: Program, winograd: Winograd, halves: bool) -> Packed:
+def _in_c(program: Program, winograd: Winograd, dtype: FloatDtype) -> Packed:
     """Compiled C, whose kernels may be of bfloat16."""
-    library = compiled(program, winograd, "bfloat16" if halves else "float32")
-    dtype, reason = (torch.bfloat16, "kernels in bfloat16, all else in float32") if halves else (torch.float32, "float32")
-    return Packed(program, torch.device("cpu"), dtype, reason, library)
+    reason = "kernels in bfloat16, all else in float32" if dtype == "bfloat16" else dtype
+    return Packed(program, torch.device("cpu"), _FORMATS[dtype], reason, compiled(program, winograd, dtype))
 
 
-def _faster(packed: Packed, program: Program, winograd: Winograd, halves: bool) -> Packed:
+def _faster(packed: Packed, program: Program, winograd: Winograd, dtype: FloatDtype) -> Packed:
     """What is packed already, or compiled C where that takes less time for an image."""
     try:
-        in_c = _in_c(program, winograd, halves)
+        in_c = _in_c(program, winograd, dtype)
     except (DeployError, ArtefactError, OSError):
         # no compiler, or one for another processor, or no folder from which a library may be loaded
         return packed

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dacnn.deploy.integers.floats import run
 from dacnn.deploy.program import Program
+from dacnn.deploy.rounding import in_bfloat16
 from dacnn.deploy.shapes import flat_steps
 from dacnn.errors import DeployError, told
 from dacnn.networks.classifier import Classifier
@@ -102,7 +103,7 @@ def program_logits(program: Program, images: Tensor) -> NDArray[np.float64]:
     of, steps = program.input, flat_steps(program)
     mean, std = (torch.tensor(numbers, dtype=torch.float64) for numbers in (of.mean, of.std))
     tensors = {name: torch.from_numpy(tensor).double() for name, tensor in program.tensors.items()}
-    parts = [((part / 255.0 - mean) / std).permute(0, 3, 1, 2) for part in torch.split(images.double(), _BATCH)]
+    parts = (((part.double() / 255 - mean) / std).permute(0, 3, 1, 2) for part in torch.split(images, _BATCH))
     return torch.cat([run(steps, program.result, part, of, tensors) for part in parts]).numpy()
 
 
@@ -120,8 +121,12 @@ def measure(
     Returns:
         The comparison.
     """
-    logits = np.concatenate([np.asarray(run(part), dtype=np.float64) for part in torch.split(images, batch_size)])
-    return compare(logits, reference)
+    return compare(logits_of(run, images, batch_size), reference)
+
+
+def logits_of(run: Callable[[Tensor], NDArray[Any]], images: Tensor, batch_size: int = _BATCH) -> NDArray[np.float64]:
+    """What an artefact gives for images, so many in a call."""
+    return np.concatenate([np.asarray(run(part), dtype=np.float64) for part in torch.split(images, batch_size)])
 
 
 def compare(logits: NDArray[np.float64], reference: NDArray[np.float64]) -> Parity:
@@ -157,3 +162,28 @@ def check(parity: Parity, what: str, than: str = "the network") -> None:
             f"(expected at most {TOLERANCE:.0e}), the first guess on {1 - parity.top1_agreement:.2%} of {parity.images} "
             "images: nothing was written; please report it with the network's plan"
         )
+
+
+def check_rounded(
+    program: Program, run: Callable[[Tensor], NDArray[Any]], images: Tensor, reference: NDArray[np.float64], where: str
+) -> Parity:
+    """Refuse code with kernels of bfloat16 that computes anything else than these kernels give in the steps of the program.
+
+    Args:
+        program: A flat program, not rounded.
+        run: The code, from images to logits.
+        images: uint8, shape (N, H, W, C).
+        reference: Logits of the network, in float64: what the steps must give before kernels are rounded.
+        where: The file, for the message.
+
+    Returns:
+        How far the code is from the network, which rounding of kernels may explain.
+
+    Raises:
+        DeployError: The logits are others.
+    """
+    check(compare(program_logits(program, images), reference), f"{where}: the program that was made of it")
+    logits = logits_of(run, images)
+    exact = program_logits(in_bfloat16(program), images)
+    check(compare(logits, exact), f"{where}: what was exported", "the program with rounded kernels")
+    return compare(logits, reference)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dacnn.deploy.program import KernelStep, Program
+from dacnn.deploy.shapes import flat_steps
 from dacnn.errors import DeployError
 
 
@@ -19,13 +20,15 @@ def in_bfloat16(program: Program) -> Program:
         One with the same steps. Its tensors are float32 still; of kernels the lower halves of the numbers are zeros.
 
     Raises:
-        DeployError: A number is larger than bfloat16 can be.
+        DeployError: A number is larger than bfloat16 can be, or none; or the program has loops.
     """
-    kernels = {str(step.kernel.tensor) for step in program.operations() if isinstance(step, KernelStep)}
+    kernels = {str(step.kernel.tensor) for step in flat_steps(program) if isinstance(step, KernelStep)}
     tensors = {name: rounded(tensor) if name in kernels else tensor for name, tensor in program.tensors.items()}
-    for name in sorted(kernels & tensors.keys()):
-        if not np.isfinite(tensors[name]).all():
-            raise DeployError(f"'{name}' has values above 3.39e38, the largest of bfloat16: expected smaller ones: train again")
+    for name in sorted(kernels):
+        if not (np.isfinite(program.tensors[name]) & np.isfinite(tensors[name])).all():
+            raise DeployError(
+                f"'{name}' has values that are no numbers, or above 3.39e38, the largest of bfloat16: train again"
+            )
     return dataclasses.replace(program, tensors=tensors)
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dacnn.deploy.c.formats import KernelFormat
 from dacnn.deploy.c.isa import ISAS, Isa
-from dacnn.deploy.c.weights import Weights
 from dacnn.deploy.c.winograd import TILES
 from dacnn.sharing.winograd import LARGE_POINT, SMALL_POINT
 
@@ -15,8 +15,8 @@ def fast_values(
     *,
     depthwise: bool,
     winograd: bool,
-    weights: Sequence[Weights],
-    transforms: Sequence[Weights],
+    direct_formats: Sequence[KernelFormat],
+    transforms: Sequence[KernelFormat],
     isas: Sequence[Isa] = ISAS,
 ) -> dict[str, Any]:
     """Values for the templates, beside the `name` that begins all names.
@@ -26,7 +26,7 @@ def fast_values(
         taps: Rows times columns of the largest kernel that is convolved directly or depthwise; 0: there is none.
         depthwise: Whether a convolution is depthwise.
         winograd: Whether a convolution is Winograd's.
-        weights: Formats of the kernels that convolutions read as they are.
+        direct_formats: Formats of the kernels that are convolved directly or depthwise.
         transforms: Formats of the kernels that are transformed in C.
         isas: Instruction sets to write code for.
 
@@ -38,8 +38,8 @@ def fast_values(
         "taps": taps,
         "depthwise": depthwise,
         "winograd": winograd,
-        "weights": weights,
-        "transforms": transforms,
+        "direct_formats": tuple(direct_formats),
+        "transforms": tuple(transforms),
         "isas": isas,
         "winograd_tiles": TILES,
         "small_point": SMALL_POINT,

@@ -12,7 +12,7 @@ from dacnn.deploy.c.build import build
 from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.literals import identifier
 from dacnn.deploy.c.provenance import signed
-from dacnn.deploy.c.source import CSource, FloatDtype, Winograd, to_c
+from dacnn.deploy.c.source import CSource, Winograd, to_c
 from dacnn.deploy.c.target import Footprint, Microcontroller, check_budget, footprint
 from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.parity import Parity
@@ -78,8 +78,8 @@ def files_of(program: Program | IntegerProgram, name: str, wanted: Wanted) -> CS
     """
     if isinstance(program, IntegerProgram):
         return to_c_int8(program, name=name)
-    dtype: FloatDtype = "bfloat16" if wanted.dtype == "bfloat16" else "float32"
-    return to_c(program, name=name, winograd=wanted.winograd or "init", dtype=dtype)
+    assert wanted.dtype != "int8", "such a program is in integers"
+    return to_c(program, name=name, winograd=wanted.winograd or "init", dtype=wanted.dtype)
 
 
 def write_c(program: Program | IntegerProgram, path: Path, compare: Callable[[Path], Parity], wanted: Wanted) -> Written:
@@ -115,7 +115,7 @@ def write_c(program: Program | IntegerProgram, path: Path, compare: Callable[[Pa
         size = footprint(files, wanted.target) if wanted.target else None
         if size:
             check_budget(size, wanted.flash_budget, wanted.ram_budget, str(path))
-        done = signed(files, program, parity)
+        done = signed(files, program, parity, wanted.dtype)
         for place, text in zip(beside, (done.source, done.header, done.example), strict=True):
             place.write_bytes(text.encode("ascii"))
     return Written(parity, tuple(others), files.workspace_bytes, files.context_bytes, size)

@@ -31,13 +31,14 @@ def weights_hash(tensors: Mapping[str, NDArray[Any]]) -> str:
     return found.hexdigest()
 
 
-def signed(files: CSource, program: Program | IntegerProgram, parity: Parity) -> CSource:
+def signed(files: CSource, program: Program | IntegerProgram, parity: Parity, dtype: str) -> CSource:
     """Put a comment before source and header: the plan, the weights, the version, how far it is from the network.
 
     Args:
         files: What was checked.
         program: What it was made from.
         parity: The check's result.
+        dtype: Number format of the kernels in the files.
 
     Returns:
         The files with the comment.
@@ -48,7 +49,7 @@ def signed(files: CSource, program: Program | IntegerProgram, parity: Parity) ->
         f"/* {comment(program.name)}, written by dacnn {__version__}: to change it, export it again\n"
         f"   images: uint8, {of.height} x {of.width} x {of.channels}, those of another size fitted to it by '{of.fit}'; "
         f"taken as (x / 255 - mean) / deviation,\n   mean {mean}, deviation {std}\n"
-        f"   weights: SHA-256 {weights_hash(program.tensors)}\n"
+        f"   weights: SHA-256 {weights_hash(program.tensors)}; kernels are written in {dtype}\n"
         f"   checked on {parity.images} images against the network in float64: largest error {parity.max_error:.1e} of the "
         f"largest logit,\n   the same class for {parity.top1_agreement:.2%} */\n"
     )

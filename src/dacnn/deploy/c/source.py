@@ -1,5 +1,6 @@
 """A Program as C99: one source, its header, an example that uses them. Templates give the text, this gives their values."""
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
@@ -8,12 +9,12 @@ import jinja2
 from dacnn.deploy.c.arrays import SLACK, depthwise
 from dacnn.deploy.c.calls import ACTIVATIONS, Call, Calls
 from dacnn.deploy.c.fast import fast_values
+from dacnn.deploy.c.formats import BFLOAT16, FLOAT32, KernelFormat, upper_halves
 from dacnn.deploy.c.isa import ISAS
 from dacnn.deploy.c.literals import comment, counted, floats, identifier, integers, string
 from dacnn.deploy.c.memory import Memory, plan
 from dacnn.deploy.c.prepared import prepare, transformed
 from dacnn.deploy.c.translate import translate
-from dacnn.deploy.c.weights import FLOATS, HALVES, Weights, halves
 from dacnn.deploy.program import IMAGES, Program
 from dacnn.deploy.rounding import in_bfloat16
 
@@ -71,10 +72,10 @@ def to_c(program: Program, *, name: str, winograd: Winograd = "init", dtype: Flo
         The files.
 
     Raises:
-        DeployError: `name` is no name in C, the Program has loops, or has numbers that are none.
+        DeployError: `name` is no name in C, the Program has loops, or has numbers that are none, or too large for `dtype`.
     """
-    stored = HALVES if dtype == "bfloat16" else FLOATS
-    calls = translate(in_bfloat16(program) if stored is HALVES else program, winograd != "off")
+    stored = BFLOAT16 if dtype == "bfloat16" else FLOAT32
+    calls = translate(in_bfloat16(program) if stored is BFLOAT16 else program, winograd != "off")
     memory = _places(calls)
     names, sizes = _names(identifier(name), program), _sizes(calls, memory, stored, winograd == "file")
     values = names | _table(calls, memory) | sizes | {"stored": stored, "arrays": _arrays(calls, stored)}
@@ -134,13 +135,13 @@ def _table(calls: Calls, memory: Memory) -> dict[str, Any]:
     }
 
 
-def _arrays(calls: Calls, stored: Weights) -> list[dict[str, Any]]:
+def _arrays(calls: Calls, stored: KernelFormat) -> list[dict[str, Any]]:
     return [
         {
             "name": array,
-            "type": stored.type if array in calls.held else FLOATS.type,
+            "type": stored.type if array in calls.held else FLOAT32.type,
             "length": numbers.size + SLACK,
-            "numbers": integers(halves(numbers)) if stored is HALVES and array in calls.held else floats(numbers),
+            "numbers": integers(upper_halves(numbers)) if stored is BFLOAT16 and array in calls.held else floats(numbers),
         }
         for array, numbers in calls.arrays.items()
     ]
@@ -151,7 +152,7 @@ def _step(row: Call, geometry: int, memory: Memory) -> dict[str, Any]:
     return {"row": row, "geometry": geometry, "x": x, "y": y, "z": z}
 
 
-def _sizes(calls: Calls, memory: Memory, stored: Weights, in_file: bool) -> dict[str, Any]:
+def _sizes(calls: Calls, memory: Memory, stored: KernelFormat, in_file: bool) -> dict[str, Any]:
     """Of memory, and what the code for convolutions depends on."""
     convolutions = [row for row in calls.rows if row.op == "convolve"]
     direct = [row.geometry for row in convolutions if not row.winograd]
@@ -160,19 +161,19 @@ def _sizes(calls: Calls, memory: Memory, stored: Weights, in_file: bool) -> dict
     in_file = in_file and prepared.size > 0
     kernel_scratch = calls.scratch_kernel + SLACK if calls.scratch_kernel else 0
     portable = memory.size + SLACK + kernel_scratch
-    # a kernel that is computed is of floats; formats are a dictionary's keys, which keep their order and are there once
-    weights = (stored, *([FLOATS] if calls.scratch_kernel else []))
-    transforms = (*([stored] if prepared.size and not in_file else []), *([FLOATS] if prepared.kernel_scratch else []))
+    # kernels that stand transformed in the file are not transformed in C
+    transformed_here = [row for row in convolutions if row.winograd and not (in_file and row.kernel)]
     return {
         **fast_values(
             max((row.geometry.in_c for row in convolutions), default=0),
             max((of.kernel_h * of.kernel_w for of in direct), default=0),
             depthwise=True in kinds,
             winograd=prepared.scratch > 0,
-            weights=tuple(dict.fromkeys(weights)),
-            transforms=tuple(dict.fromkeys(transforms)),
+            direct_formats=_formats([row for row in convolutions if not row.winograd], stored),
+            transforms=_formats(transformed_here, stored),
             isas=ISAS if convolutions else (),
         ),
+        "formats": _formats(convolutions, stored),
         "dense": False in kinds,
         "prepared": () if in_file else prepared.kernels,
         "offsets": [prepared.offset(row) for row in calls.rows],
@@ -187,6 +188,12 @@ def _sizes(calls: Calls, memory: Memory, stored: Weights, in_file: bool) -> dict
         "portable_workspace_bytes": _FLOAT * portable,
         "portable_context_bytes": _FLOAT,
     }
+
+
+def _formats(rows: Sequence[Call], stored: KernelFormat) -> list[KernelFormat]:
+    """What the rows read their kernels as: one that is computed is of floats."""
+    found = {stored if row.kernel else FLOAT32 for row in rows}
+    return [one for one in (BFLOAT16, FLOAT32) if one in found]
 
 
 def makefile_line(name: str) -> str:

@@ -129,14 +129,15 @@ def write_wasm(program: Program | IntegerProgram, path: Path, compare: Callable[
         parity = compare(built)
         # not moved: a linker makes it a program that can be executed
         module.write_bytes(built.read_bytes())
-        beside.write_text(_loader(program, path.stem, parity), encoding="utf-8")
+        beside.write_text(_loader(program, path.stem, parity, wanted.dtype), encoding="utf-8")
     return Written(parity, (loader,), files.workspace_bytes, files.context_bytes, None)
 
 
-def _loader(program: Program | IntegerProgram, file: str, parity: Parity) -> str:
+def _loader(program: Program | IntegerProgram, file: str, parity: Parity, dtype: str) -> str:
     about = (
         f"{comment(program.name)}, written by dacnn {__version__}; weights: SHA-256 {weights_hash(program.tensors)[:16]}...;\n"
-        f"   checked on {parity.images} images: largest error {parity.max_error:.1e} of the largest logit, the same class for "
+        f"   kernels are in {dtype}; "
+        f"checked on {parity.images} images: largest error {parity.max_error:.1e} of the largest logit, the same class for "
         f"{parity.top1_agreement:.2%}."
     )
     # as in a URL, which has no quotation marks

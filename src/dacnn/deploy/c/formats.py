@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Weights:
+class KernelFormat:
     """A format, and how the templates name it.
 
     Attributes:
@@ -27,10 +27,10 @@ class Weights:
         return f"widened({number})" if self.suffix else number
 
 
-FLOATS = Weights("float", "kernel", "", "LOAD")
-HALVES = Weights("uint16_t", "halves", "_halves", "LOAD_HALVES")
+FLOAT32 = KernelFormat("float", "kernel", "", "LOAD")
+BFLOAT16 = KernelFormat("uint16_t", "kernel_bfloat16", "_bfloat16", "LOAD_BFLOAT16")
 
 
-def halves(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+def upper_halves(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Numbers of bfloat16, as `dacnn.deploy.rounding` gives them, without the half that is zeros."""
     return (values.view(np.uint32) >> 16).astype(np.uint16)
