@@ -24,7 +24,7 @@ from dacnn.deploy.integers.program import IntegerProgram
 from dacnn.deploy.integers.quantize import quantize
 from dacnn.deploy.lower import lower
 from dacnn.deploy.onnx.model import to_onnx, to_onnx_loop
-from dacnn.deploy.parity import Parity, check, check_rounded, measure, noise_images, reference_logits
+from dacnn.deploy.parity import Parity, Runner, check, check_rounded, measure, noise_images, reference_logits
 from dacnn.deploy.program import Program
 from dacnn.deploy.pt2 import to_pt2
 from dacnn.deploy.roll import roll
@@ -35,8 +35,6 @@ from dacnn.networks.classifier import Classifier, as_network
 
 Target = Literal["onnx", "onnx-loop", "pt2", "c", "wasm"]
 Form = Literal["small", "fast"]
-# runs an artefact on images as it takes them
-Runner = Callable[[Tensor], NDArray[Any]]
 # images of noise that are compared where none are given
 _NOISE = 16
 

@@ -23,6 +23,8 @@ from dacnn.networks.plan import Input
 # float32 itself differs from float64 by 1e-5 on trained networks and by up to 5e-4 on untrained deep ones: more is a mistake
 TOLERANCE = 1e-3
 _BATCH = 64
+# runs an artefact on images as it takes them
+Runner = Callable[[Tensor], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,7 @@ def program_logits(program: Program, images: Tensor) -> NDArray[np.float64]:
     return torch.cat([run(steps, program.result, part, of, tensors) for part in parts]).numpy()
 
 
-def measure(
-    run: Callable[[Tensor], NDArray[Any]], images: Tensor, reference: NDArray[np.float64], batch_size: int = _BATCH
-) -> Parity:
+def measure(run: Runner, images: Tensor, reference: NDArray[np.float64], batch_size: int = _BATCH) -> Parity:
     """Run an artefact and compare.
 
     Args:
@@ -124,7 +124,7 @@ def measure(
     return compare(logits_of(run, images, batch_size), reference)
 
 
-def logits_of(run: Callable[[Tensor], NDArray[Any]], images: Tensor, batch_size: int = _BATCH) -> NDArray[np.float64]:
+def logits_of(run: Runner, images: Tensor, batch_size: int = _BATCH) -> NDArray[np.float64]:
     """What an artefact gives for images, so many in a call."""
     return np.concatenate([np.asarray(run(part), dtype=np.float64) for part in torch.split(images, batch_size)])
 
@@ -164,9 +164,7 @@ def check(parity: Parity, what: str, than: str = "the network") -> None:
         )
 
 
-def check_rounded(
-    program: Program, run: Callable[[Tensor], NDArray[Any]], images: Tensor, reference: NDArray[np.float64], where: str
-) -> Parity:
+def check_rounded(program: Program, run: Runner, images: Tensor, reference: NDArray[np.float64], where: str) -> Parity:
     """Refuse code with kernels of bfloat16 that computes anything else than these kernels give in the steps of the program.
 
     Args:

@@ -155,7 +155,7 @@ def _step(row: Call, geometry: int, memory: Memory) -> dict[str, Any]:
 def _sizes(calls: Calls, memory: Memory, stored: KernelFormat, in_file: bool) -> dict[str, Any]:
     """Of memory, and what the code for convolutions depends on."""
     convolutions = [row for row in calls.rows if row.op == "convolve"]
-    direct = [row.geometry for row in convolutions if not row.winograd]
+    direct = [row for row in convolutions if not row.winograd]
     kinds = {depthwise(of.out_c, of.in_c // of.groups, of.groups) for of in (row.geometry for row in convolutions)}
     prepared = prepare(calls)
     in_file = in_file and prepared.size > 0
@@ -166,10 +166,10 @@ def _sizes(calls: Calls, memory: Memory, stored: KernelFormat, in_file: bool) ->
     return {
         **fast_values(
             max((row.geometry.in_c for row in convolutions), default=0),
-            max((of.kernel_h * of.kernel_w for of in direct), default=0),
+            max((row.geometry.kernel_h * row.geometry.kernel_w for row in direct), default=0),
             depthwise=True in kinds,
             winograd=prepared.scratch > 0,
-            direct_formats=_formats([row for row in convolutions if not row.winograd], stored),
+            direct_formats=_formats(direct, stored),
             transforms=_formats(transformed_here, stored),
             isas=ISAS if convolutions else (),
         ),
