@@ -198,7 +198,7 @@ def _formats(rows: Sequence[Call], stored: KernelFormat) -> list[KernelFormat]:
 
 def makefile_line(name: str) -> str:
     """How the example is compiled."""
-    return f"{name}_example: {name}_example.c {name}.c {name}.h\n\t$(CC) -std=c99 -O3 -o $@ {name}_example.c {name}.c -lm"
+    return f"{name}_example: {name}_example.c {name}.c {name}.h\n\t$(CC) -std=c99 -O2 -o $@ {name}_example.c {name}.c -lm"
 
 
 def render(template: str, values: dict[str, Any]) -> str:
