@@ -90,6 +90,8 @@ ORDER = [
     "measure.artefacts",
     "measure.layouts",
     "measure.copies",
+    "measure.orders",
+    "measure.search",
     "measure.hazards",
     "measure.audit",
     "measure.memory_added",

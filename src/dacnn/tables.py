@@ -174,7 +174,10 @@ def audit_table(audit: Audit, memory: MemoryAdded | None) -> RenderableType:
         table.add_row(Text(kernel.name), shape, *numbers)
     parts: list[RenderableType] = [table, ""]
     parts += [_copies_table(kernel) for kernel in audit.kernels if kernel.hazard]
-    parts += [Text(f"missing: the artefact does not hold the reference's kernel {name}") for name in audit.missing]
+    missing = "missing: the artefact does not hold the reference's kernel {}"
+    if audit.format == "bytes":
+        missing = "missing: {} was not found among the bytes; it may be compressed, transformed or in an unknown order"
+    parts += [Text(missing.format(name)) for name in audit.missing]
     parts += [Text(f"{hazard.name}: {hazard.what} {hazard.remedy}") for hazard in audit.hazards]
     if audit.single:
         parts.append("Every kernel is stored once.")

@@ -102,17 +102,23 @@ def export(
 
 
 def audit(
-    artefact: Positional[Annotated[Path, word("run directory, .safetensors, .pt, .pt2 or .onnx file", "ARTEFACT")]],
+    artefact: Positional[
+        Annotated[Path, word("run directory, .safetensors, .pt, .pt2 or .onnx file; with --against, any file", "ARTEFACT")]
+    ],
     /,
     *,
     against: Annotated[
         Path | None,
-        word("what it was made from: also find kernels that were altered or lost", "REFERENCE"),
+        word(
+            "what it was made from: also find kernels that were altered or lost; in a file of an unknown kind, "
+            "as a firmware image, a library or another runtime's model, look for its kernels",
+            "REFERENCE",
+        ),
     ] = None,
     memory: Annotated[bool, word("load it in a fresh process and report the memory that adds (Linux)")] = False,
     json: Json = False,
 ) -> None:
-    """Find every copy of every kernel in a saved or exported model, scaled, transposed and blocked ones too.
+    """Find every copy of every kernel in a saved or exported model or firmware image, scaled, reordered and rounded ones too.
 
     Exit status: 0 each kernel is there once, 1 copies or altered kernels, 2 it could not be read.
 

@@ -3,7 +3,9 @@
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from dacnn.checkpoint import weights_path
@@ -14,6 +16,10 @@ from dacnn.measure.stored import Artefact
 from dacnn.measure.tensors import read_module, read_pt, read_safetensors
 
 KNOWN = "a run directory, .safetensors, .pt, .pt2 or .onnx"
+# what hides its numbers, by how it begins
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd", b"\x7fUPX": "upx"}
+# of a file, to tell text by
+_BEGINNING = 4096
 
 
 def format_of(path: Path) -> str:
@@ -23,10 +29,10 @@ def format_of(path: Path) -> str:
         path: The file.
 
     Returns:
-        `safetensors`, `pt`, `pt2` or `onnx`.
+        `safetensors`, `pt`, `pt2` or `onnx`; `bytes` where it is something else.
 
     Raises:
-        ArtefactError: There is no such file, or it is something else.
+        ArtefactError: There is no such file, or it is empty.
     """
     if not path.is_file():
         raise ArtefactError(f"{path}: no such file: expected {KNOWN}")
@@ -46,7 +52,33 @@ def format_of(path: Path) -> str:
     # a pickle of protocol 2 or later, which torch.save wrote before it wrote zip files
     if start[0] == 0x80 or path.suffix in {".pt", ".pth"}:
         return "pt"
-    raise ArtefactError(f"{path}: is of no known format: expected {KNOWN}")
+    return "bytes"
+
+
+def read_bytes(path: Path) -> NDArray[np.uint8]:
+    """The bytes of a file in which kernels can be searched for.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Shape (N,); they are read from the file when they are looked at.
+
+    Raises:
+        ArtefactError: It cannot be read, or is compressed, or text.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_BEGINNING)
+        data: NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise ArtefactError(f"{path}: is compressed by {name}, where no kernel can be seen: unpack it first")
+    if start.isascii() and b"\0" not in start:
+        raise ArtefactError(f"{path}: is text, in which no numbers are searched for: audit what is compiled of it")
+    return data
 
 
 def read_artefact(artefact: str | Path | nn.Module) -> Artefact:
@@ -59,7 +91,7 @@ def read_artefact(artefact: str | Path | nn.Module) -> Artefact:
         Its arrays of two and more dimensions.
 
     Raises:
-        ArtefactError: It cannot be read.
+        ArtefactError: It cannot be read, or is of no known format.
         CheckpointError: A directory holds no weights.
     """
     if isinstance(artefact, nn.Module):
@@ -68,6 +100,11 @@ def read_artefact(artefact: str | Path | nn.Module) -> Artefact:
     path = weights_path(Path(artefact))
     kind = format_of(path)
     writer = ""
+    if kind == "bytes":
+        raise ArtefactError(
+            f"{path}: is of no known format: expected {KNOWN}; "
+            "in any other file kernels are searched for, if it is told which (--against)"
+        )
     if kind == "onnx":
         arrays, writer = read_onnx(path)
     elif kind == "safetensors":

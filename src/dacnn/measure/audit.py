@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from dacnn.measure.artefacts import read_artefact
+from dacnn.checkpoint import weights_path
+from dacnn.measure.artefacts import format_of, read_artefact, read_bytes
 from dacnn.measure.copies import Difference, Group, group_copies
 from dacnn.measure.hazards import HAZARDS, Hazard, hazard_of
+from dacnn.measure.search import search
 from dacnn.measure.stored import Artefact, StoredArray, is_trivial
 
 
@@ -66,7 +68,7 @@ class Audit:
 
     Attributes:
         artefact: Its path, or the class of a module.
-        format: `safetensors`, `pt`, `pt2`, `onnx` or `module`.
+        format: `safetensors`, `pt`, `pt2`, `onnx` or `module`; `bytes` where nothing but the bytes is known.
         kernels: Every kernel, in the order of the artefact.
         missing: Kernels of the reference that the artefact does not hold.
     """
@@ -134,6 +136,8 @@ def _kernel(artefact: Artefact, members: list[tuple[StoredArray, Difference]], r
         copies[0] = _copy(members[0][0], Difference(), next(filter(None, layouts), ""))
     readers = {members[0][0].readers, reference.readers if reference else None}
     scaled = any(word.startswith("scaled") for word in copies[0].difference)
+    # integers are always scaled: by what one of them stands for
+    scaled = scaled and "int" not in copies[0].dtype
     altered = reference is not None and len(copies) == 1 and scaled and 1 not in readers
     hazard = None
     if altered:
@@ -161,15 +165,31 @@ def _kernels(
     return kernels, missing
 
 
+def _searched(path: Path, references: tuple[StoredArray, ...]) -> tuple[Artefact, list[Group]]:
+    """A file of any kind by the reference's kernels that are found in its bytes."""
+    found = search(read_bytes(path), references)
+    groups = [
+        Group(
+            kernel,
+            tuple((len(references) + place, copy.difference) for place, copy in enumerate(found) if copy.kernel == kernel),
+        )
+        for kernel in range(len(references))
+    ]
+    return Artefact(str(path), "bytes", "", tuple(copy.array for copy in found)), groups
+
+
 def audit(artefact: str | Path | nn.Module, *, against: str | Path | nn.Module | None = None) -> Audit:
     """Find every copy of every kernel that an artefact holds.
 
     A copy is found although its channels were scaled, its axes transposed, its channels blocked by 8 or 16, or its numbers
     rounded. An array with several names is one copy. Constants and identities are copies of nothing.
 
+    In a file of any other kind, such as a firmware image, a library, a WebAssembly module or another runtime's model, the
+    kernels of the reference are searched for among its bytes, in all orders and types that are known.
+
     Args:
-        artefact: A run directory, a `.safetensors`, `.pt`, `.pt2` or `.onnx` file, or a live module. Nothing is unpickled
-            but tensors.
+        artefact: A run directory, a `.safetensors`, `.pt`, `.pt2` or `.onnx` file, any other file if there is a reference, or a
+            live module. Nothing is unpickled but tensors.
         against: What the artefact was made from, in any of these forms. With it, a kernel that is there once but scaled is
             reported as altered, unless one layer alone reads it, and a kernel that is not there as missing.
 
@@ -189,8 +209,12 @@ def audit(artefact: str | Path | nn.Module, *, against: str | Path | nn.Module |
         >>> dacnn.audit(twice).wasted_bytes >= network.anchors["width8"].nbytes
         True
     """
-    examined = read_artefact(artefact)
     references = read_artefact(against).arrays if against is not None else ()
-    groups = group_copies((*references, *examined.arrays), len(references))
+    path = None if isinstance(artefact, nn.Module) else weights_path(Path(artefact))
+    if path is not None and against is not None and format_of(path) == "bytes":
+        examined, groups = _searched(path, references)
+    else:
+        examined = read_artefact(artefact)
+        groups = group_copies((*references, *examined.arrays), len(references))
     kernels, missing = _kernels(examined, references, groups)
     return Audit(examined.label, examined.format, tuple(kernels), tuple(missing))

@@ -9,6 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,6 +173,26 @@ def _compare(one: Rows, other: Rows, precisions: tuple[str, str]) -> Difference 
     if narrow and np.abs(first - scales * second).max() > 1e-6 * np.abs(first).max():
         words.append(f"rounded to {narrow[-1]}")
     return Difference(tuple(words) or ("last bits differ",), other.layout, one.layout)
+
+
+def difference_between(kernel: StoredArray, array: StoredArray) -> Difference | None:
+    """How an array of the same shape and the usual order differs from a kernel.
+
+    Args:
+        kernel: The kernel.
+        array: The array.
+
+    Returns:
+        What was done to it; None where it is no copy.
+    """
+    if not (_comparable(kernel) and _comparable(array)):
+        return None
+    precisions = precision_of(kernel), precision_of(array)
+    # rows are output channels, then input channels
+    for one, other in zip(*(islice(readings(each.values), 2) for each in (kernel, array)), strict=True):
+        if one.columns == other.columns and (difference := _compare(one, other, precisions)) is not None:
+            return difference
+    return None
 
 
 def _same_bytes(arrays: Sequence[StoredArray]) -> dict[int, list[int]]:

@@ -1,0 +1,280 @@
+"""Where kernels lie among bytes of which nothing is known: a firmware image, a library, the file of another runtime.
+
+The signs of 32 neighbouring numbers are 32 bits that stay the same when a kernel is scaled, as folding batch norm does, or
+rounded to fewer bits. A few such windows of every kernel, in every order that a runtime is known to lay it in, are looked up at
+every byte; where one is found, the whole kernel is read there and compared number by number.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dacnn.measure.copies import Difference, difference_between
+from dacnn.measure.orders import Order, orders_of
+from dacnn.measure.stored import StoredArray, is_trivial
+
+# N bytes, L numbers of a kernel as they lie, K windows
+
+Bytes = NDArray[np.uint8]
+
+# signs that are looked up at once, and how often each must be among them: a row of equal signs is everywhere
+_WINDOW, _EACH_SIGN = 32, 8
+_ALL = (1 << _WINDOW) - 1
+# places in a kernel from which a window is taken, and how many numbers are looked at for the best one
+_WINDOWS, _LOOKED_AT = 3, 16384
+# share of a channel's strong numbers whose signs must agree before a whole kernel is compared, and what is strong
+_AGREE, _STRONG = 0.9, 0.1
+# of the bytes, at once
+_CHUNK = 1 << 22
+# types by their size in bytes; those of one byte are told apart by where their zero is
+_TYPES = {4: ("float32",), 2: ("bfloat16", "float16"), 1: ("int8", "uint8")}
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A copy of a kernel.
+
+    Attributes:
+        kernel: Index of the kernel.
+        start: Its first byte.
+        end: Behind its last byte.
+        array: Its numbers, in the usual order.
+        difference: How they differ from the kernel, the order among it.
+    """
+
+    kernel: int
+    start: int
+    end: int
+    array: StoredArray
+    difference: Difference
+
+
+@dataclass(frozen=True, eq=False)
+class _Kernel:
+    """A kernel, and how strong each of its numbers is.
+
+    Attributes:
+        index: Of the kernel.
+        array: The kernel.
+        numbers: All of it, shape (number of them,).
+        strength: Magnitudes as shares of the largest of the output channel, likewise: what is weak loses its sign in rounding.
+    """
+
+    index: int
+    array: StoredArray
+    numbers: NDArray[np.float32]
+    strength: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """Numbers of a kernel in an order.
+
+    Attributes:
+        kernel: The kernel.
+        order: The order.
+        at: Which number of the order is its first.
+        keys: Signs, the first number's lowest: as they are; those of the kernel's numbers turned, as by a negative scale; all
+            turned, as where 128 stands for zero.
+    """
+
+    kernel: _Kernel
+    order: Order
+    at: int
+    keys: tuple[int, int, int]
+
+
+def _dimensions_of_rows(array: StoredArray) -> int:
+    """How many dimensions stand for output channels: in a bank of kernels, whose they are, too."""
+    return max(array.values.ndim - 3, 1)
+
+
+def _prepared(index: int, array: StoredArray) -> _Kernel:
+    rows = array.values.reshape(math.prod(array.values.shape[: _dimensions_of_rows(array)]), -1).astype(np.float32)
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    strength = np.divide(np.abs(rows), largest, out=np.zeros_like(rows), where=largest > 0)
+    return _Kernel(index, array, rows.ravel(), strength.ravel())
+
+
+def _windows(kernel: _Kernel) -> Iterator[_Window]:
+    """The windows by which a kernel is found, of every order: of what is looked at, those whose weakest number is strongest."""
+    for order in orders_of(kernel.array.values.shape):
+        count = len(order.indices)
+        for first in {count * part // _WINDOWS for part in range(_WINDOWS)}:
+            indices = order.indices[first : min(first + _LOOKED_AT, count)]
+            if len(indices) < _WINDOW:
+                continue
+            is_number = indices >= 0
+            # what fills a block is zero, and known to be
+            weakest = _window_view(np.where(is_number, kernel.strength[indices], 1)).min(axis=1)
+            signs = _window_view(is_number & (kernel.numbers[indices] < 0))
+            # of the numbers alone: zeros and a few signs are everywhere
+            negative = np.count_nonzero(signs, axis=1)
+            positive = np.count_nonzero(_window_view(is_number), axis=1) - negative
+            is_mixed = (negative >= _EACH_SIGN) & (positive >= _EACH_SIGN)
+            best = int(np.where(is_mixed, weakest, 0).argmax())
+            if is_mixed[best] and weakest[best] > 0:
+                key, numbers = _as_bits(signs[best]), _as_bits(is_number[best : best + _WINDOW])
+                yield _Window(kernel, order, first + best, (key, key ^ numbers, key ^ _ALL))
+
+
+def _window_view(values: NDArray[Any]) -> NDArray[Any]:
+    view: NDArray[Any] = np.lib.stride_tricks.sliding_window_view(values, _WINDOW)
+    return view
+
+
+def _as_bits(bools: NDArray[np.bool_]) -> int:
+    return int(np.packbits(bools, bitorder="little").view(np.uint32)[0])
+
+
+def _keys(data: Bytes, size: int) -> NDArray[np.uint32]:
+    """The signs of as many neighbouring numbers as a window has, from every byte on.
+
+    Args:
+        data: Shape (N,).
+        size: Bytes of a number; its sign is the highest bit of the last one.
+
+    Returns:
+        Shape (N - size * 32 + 1,).
+    """
+    keys = (data[size - 1 :] >> 7).astype(np.uint32)
+    have = 1
+    while have < _WINDOW:
+        keys = keys[: -size * have] | keys[size * have :] << np.uint32(have)
+        have *= 2
+    return keys
+
+
+class _Index:
+    """Windows by their keys."""
+
+    def __init__(self, windows: Sequence[_Window]) -> None:
+        keys = np.array([key for window in windows for key in window.keys], np.uint32)
+        self.windows = [window for window in windows for _ in window.keys]
+        self.order = np.argsort(keys, kind="stable")
+        self.keys = keys[self.order]
+        # most of what is looked up differs in its lower half already
+        self.lower = np.zeros(1 << 16, bool)
+        self.lower[keys & 0xFFFF] = True
+
+    def found(self, keys: NDArray[np.uint32]) -> Iterator[tuple[int, _Window]]:
+        """Places in `keys`, and the windows that have such a key."""
+        places = np.flatnonzero(self.lower[keys & np.uint32(0xFFFF)])
+        wanted = keys[places]
+        first = np.searchsorted(self.keys, wanted)
+        last = np.searchsorted(self.keys, wanted, side="right")
+        for place, start, end in zip(*(x[last > first].tolist() for x in (places, first, last)), strict=True):
+            for index in self.order[start:end].tolist():
+                yield place, self.windows[index]
+
+
+def _numbers(data: Bytes, dtype: str) -> NDArray[np.float32]:
+    """Bytes as numbers of a type, any of which a float32 holds."""
+    if dtype == "bfloat16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if dtype == "uint8":
+        return data.astype(np.float32) - 128
+    return data.view(np.dtype(dtype)).astype(np.float32)
+
+
+def _read(data: Bytes, start: int, window: _Window, size: int) -> Found | None:
+    """The copy of a window's kernel that begins at a byte, if one does."""
+    kernel, indices = window.kernel, window.order.indices
+    end = start + len(indices) * size
+    filled = indices >= 0
+    # one channel of outputs, whose signs are all as they were or all turned; not where its numbers are few
+    row = math.prod(kernel.array.values.shape[_dimensions_of_rows(kernel.array) :])
+    one = np.flatnonzero(indices // row == indices[window.at] // row)
+    one = one[kernel.strength[indices[one]] > _STRONG]
+    turned = np.count_nonzero(data[start + one * size + size - 1] >> 7 != (kernel.numbers[indices[one]] < 0))
+    if min(turned, len(one) - turned) > (1 - _AGREE) * len(one):
+        return None
+    block = np.array(data[start:end])
+    for dtype in _TYPES[size]:
+        values = np.empty(kernel.array.values.size, np.float32)
+        values[indices[filled]] = _numbers(block, dtype)[filled]
+        if not np.isfinite(values).all():
+            continue
+        shaped = values.reshape(kernel.array.values.shape)
+        array = StoredArray((f"byte {start}",), "bytes", shaped.astype(np.int16) if size == 1 else shaped, dtype, end - start)
+        difference = _difference(kernel.array, array)
+        if difference is None and size == 1:
+            difference = _without_own(kernel.array, array)
+        if difference is not None:
+            return Found(kernel.index, start, end, array, _with(difference, window.order.words, layout=True))
+    return None
+
+
+def _difference(kernel: StoredArray, array: StoredArray) -> Difference | None:
+    """How an array of a kernel's shape differs from it; in a bank, each output channel of each kernel has its own scale."""
+    one, other = (
+        replace(each, values=each.values.reshape(-1, *each.values.shape[_dimensions_of_rows(each) :]))
+        for each in (kernel, array)
+    )
+    return difference_between(one, other)
+
+
+def _without_own(kernel: StoredArray, array: StoredArray) -> Difference | None:
+    """How an array differs from a kernel but for what each channel takes of itself at the centre, which integers hold apart."""
+    outputs, inputs, *sides = kernel.values.shape[_dimensions_of_rows(kernel) - 1 :]
+    if outputs != inputs or not sides:
+        return None
+    alike = []
+    for each in (kernel, array):
+        values = each.values.copy()
+        values[(..., np.arange(outputs), np.arange(outputs), *(side // 2 for side in sides))] = 0
+        alike.append(replace(each, values=values))
+    difference = _difference(*alike)
+    return difference and _with(difference, "each channel's own weight apart")
+
+
+def _with(difference: Difference, words: str, layout: bool = False) -> Difference:
+    if not words:
+        return difference
+    others = tuple(word for word in difference.words if word != "exact")
+    return Difference((*others, words), words if layout else difference.layout)
+
+
+def search(data: Bytes, kernels: Sequence[StoredArray], aligned: bool = False) -> list[Found]:
+    """Find every copy of some kernels among bytes.
+
+    Args:
+        data: The bytes, shape (N,).
+        kernels: The kernels, of two dimensions and more: output channels, input channels, sides.
+        aligned: Whether numbers lie at multiples of their size, as they do in memory; a file may lay them anywhere.
+
+    Returns:
+        The copies, in the order of the bytes.
+    """
+    windows = [
+        window
+        for index, array in enumerate(kernels)
+        if not is_trivial(array.values)
+        for window in _windows(_prepared(index, array))
+    ]
+    index = _Index(windows)
+    found: list[Found] = []
+    for size in _TYPES:
+        step = size if aligned else 1
+        tried: set[tuple[int, int, int]] = set()
+        for first in range(0, len(data), _CHUNK):
+            chunk = np.asarray(data[first : first + _CHUNK + size * _WINDOW - 1])
+            if len(chunk) < size * _WINDOW:
+                break
+            for place, window in index.found(_keys(chunk, size)[::step]):
+                start = first + place * step - window.at * size
+                fits = 0 <= start <= len(data) - len(window.order.indices) * size
+                key = (window.kernel.index, id(window.order), start)
+                if fits and key not in tried:
+                    tried.add(key)
+                    if (copy := _read(data, start, window, size)) is not None and not _overlaps(copy, found):
+                        found.append(copy)
+    return sorted(found, key=lambda copy: copy.start)
+
+
+def _overlaps(copy: Found, found: Sequence[Found]) -> bool:
+    return any(copy.kernel == other.kernel and copy.start < other.end and other.start < copy.end for other in found)
