@@ -194,6 +194,9 @@ def main() -> None:
     options = parser.parse_args()
     table = TABLES[options.table]
     if options.only:
+        labels = [row.label for row in table.rows]
+        if unknown := sorted(set(options.only) - set(labels)):
+            parser.error(f"--only: no row '{unknown[0]}': expected some of {', '.join(labels)}")
         table = Table(table.recipe, tuple(row for row in table.rows if row.label in options.only))
     settings = {name: getattr(options, name) for name in ("epochs", "width") if getattr(options, name)}
     measured = list(results(table, options.data, options.out, options.minutes, options.seeds, settings))

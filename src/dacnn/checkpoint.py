@@ -26,6 +26,7 @@ from dacnn.networks.classifier import Classifier
 from dacnn.networks.factory import make_module
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Input, Plan, from_plain, to_plain
+from dacnn.sharing.anchors import Anchors
 from dacnn.sharing.conversion import Conversion
 from dacnn.sharing.convert import conversion_of, convert
 from dacnn.sharing.readers import owner_of
@@ -176,9 +177,11 @@ def save(network: nn.Module, path: str | Path) -> None:
         path: The file; an older one is replaced as a whole.
 
     Raises:
-        CheckpointError: The file cannot be written.
+        CheckpointError: The file cannot be written, or a kernel is not stored as itself: pruned, or parametrized.
+        PlanError: Kernels are shared by a part of the module alone.
     """
     network = getattr(network, "_orig_mod", network)
+    _check_plain(network)
     metadata: dict[str, Any] = {"format": _FORMAT}
     if isinstance(network, Classifier) and network.ranges is not None:
         metadata["ranges"] = network.ranges
@@ -337,6 +340,21 @@ def weights_path(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise CheckpointError(f"{path}: holds no best.safetensors and no last.safetensors: expected a run of `dacnn train`")
+
+
+def _check_plain(network: nn.Module) -> None:
+    """Refuse kernels that are made of other tensors, which a file could not tell of; somebody else's layers know theirs."""
+    for name, part in network.named_modules():
+        if not isinstance(part, Anchors) and not isinstance(network, Network):
+            continue
+        made = [key for key in getattr(part, "parametrizations", {})]
+        made += [key.removesuffix("_orig") for key in part._parameters if f"{key.removesuffix('_orig')}_mask" in part._buffers]
+        if made:
+            tensor = f"{name}.{made[0]}".removeprefix(".")
+            raise CheckpointError(
+                f"'{tensor}' is made of other tensors whenever it is read (pruned, or parametrized): make it what it is by "
+                "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations before it is saved"
+            )
 
 
 def _check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dacnn.data.fit import read_image
 from dacnn.errors import DataError
-from dacnn.networks.classifier import Classifier, as_network
+from dacnn.networks.classifier import Classifier, as_network, evaluating
 
 _BATCH = 64
 
@@ -84,9 +84,7 @@ def predict(
     network = as_network(network)
     classes, device = network.classes, next(network.parameters()).device
     predictions: list[Prediction] = []
-    modes = {part: part.training for part in network.modules()}
-    network.eval()
-    try:
+    with evaluating(network):
         for start in range(0, len(files), _BATCH):
             batch = files[start : start + _BATCH]
             images_nhwc = torch.from_numpy(np.stack([read_image(file, network.input) for file in batch]))
@@ -94,7 +92,4 @@ def predict(
             for file, probabilities, indices in zip(batch, likely.values.tolist(), likely.indices.tolist(), strict=True):
                 predictions.append(Prediction(file, tuple(classes[k] for k in indices), tuple(probabilities)))
             tick(len(predictions), len(files))
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
     return predictions

@@ -10,7 +10,7 @@ import dacnn
 from dacnn.config import DataConfig, TrainingConfig
 from dacnn.data.imageset import MemoryImages
 from dacnn.data.sources import load_test
-from dacnn.errors import DataError, UnknownNameError
+from dacnn.errors import DataError, ShapeError, UnknownNameError
 from dacnn.training.evaluate import evaluate
 from dacnn.training.precision import choose
 
@@ -72,6 +72,16 @@ def test_a_network_stays_in_its_mode_and_its_statistics_are_left_alone(images: M
     evaluate(network, images)
     assert network.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_each_part_stays_in_its_own_mode_also_where_an_image_does_not_fit(images: MemoryImages, network: nn.Module) -> None:
+    network.train()
+    frozen = next(part for part in network.modules() if isinstance(part, nn.BatchNorm2d)).eval()
+    evaluate(network, images)
+    assert network.training and not frozen.training
+    with pytest.raises(ShapeError):
+        evaluate(network, MemoryImages(images.images_nhwc[..., :1], images.labels, CLASSES))
+    assert network.training and not frozen.training
 
 
 def test_fewer_than_five_classes_are_all_among_the_first_five(images: MemoryImages) -> None:

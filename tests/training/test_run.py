@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import dacnn
@@ -325,3 +327,40 @@ def test_processes_that_are_launched_share_a_training_on_a_cpu(tmp_path: Path) -
 def test_a_directory_without_a_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="--out is empty"):
         dacnn.train("dacnn3", data="digits", out="", **SMALL)
+
+
+def test_a_run_whose_images_changed_is_not_resumed(tmp_path: Path) -> None:
+    """Other names of classes, other labels, other pixels, fewer images: each is told."""
+    folder = tmp_path / "photos"
+    for index, name in enumerate(("bright", "dark")):
+        (folder / name).mkdir(parents=True)
+        for image in range(24):
+            pixels = np.random.default_rng(image).integers(0, 128, (16, 16, 3), dtype=np.uint8) + 127 * (1 - index)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{image}.png")
+    dacnn.train("dacnn3", data=str(folder), out=tmp_path / "run", **(SMALL | {"batch_size": 8}))
+    kept = tmp_path / "kept"
+    shutil.copytree(folder, kept)
+
+    def refusal() -> str:
+        with pytest.raises(CheckpointError) as raised:
+            dacnn.train(out=tmp_path / "run", resume=True)
+        shutil.rmtree(folder)
+        shutil.copytree(kept, folder)
+        return str(raised.value)
+
+    (folder / "bright").rename(folder / "shiny")
+    assert "other classes" in refusal()
+    (folder / "bright" / "3.png").unlink()
+    assert "images" in refusal()
+    pixels = np.asarray(Image.open(folder / "dark" / "3.png")) // 2
+    for name in range(24):
+        Image.fromarray(pixels).save(folder / "dark" / f"{name}.png")
+    assert "other input" in refusal()
+    # as they were, the run is there again
+    dacnn.train(out=tmp_path / "run", resume=True)
+
+
+def test_a_run_that_is_not_there_is_not_begun_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no run to go on with"):
+        dacnn.train(out=tmp_path / "rnu", resume=True)
+    assert not list(tmp_path.iterdir())

@@ -1,9 +1,11 @@
 """From the name of a data set to its images, split and fitted: one reader for all sources."""
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from dacnn.data.reasons import reason
 from dacnn.data.records import Records, join
 from dacnn.data.split import hold_out
 from dacnn.errors import DataError, UnknownNameError
-from dacnn.networks.plan import Input
+from dacnn.networks.plan import Input, to_plain
 
 # fixed and independent of the training's seed, so that every run is measured on the same images
 _TEST_SEED, _VALIDATION_SEED = 0, 1
@@ -45,6 +47,16 @@ class Splits:
     input: Input
     classes: tuple[str, ...]
     name: str
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from others, as plain values; pixels by the statistics of the train images."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {
+            "classes": list(self.classes),
+            "input": to_plain(self.input),
+            "images": {name: len(part) for name, part in parts.items()},
+            "labels": {name: hashlib.sha256(part.labels.cpu().numpy().tobytes()).hexdigest() for name, part in parts.items()},
+        }
 
 
 def load_data(config: DataConfig, progress: Progress | None = None) -> Splits:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dacnn.errors import ConfigError, DacnnError, ShapeError, told
-from dacnn.networks.classifier import Classifier
+from dacnn.networks.classifier import Classifier, evaluating
 from dacnn.networks.plan import Input
 from dacnn.sharing.anchors import Anchors
 from dacnn.sharing.conversion import Conversion
@@ -57,17 +57,13 @@ class Adapted(Classifier):
         kind, size = type(self.module).__name__, (self.input.channels, self.input.height, self.input.width)
         if next(self.module.parameters(), None) is None:
             raise ConfigError(f"{kind} has no parameters: expected a network with layers that learn")
-        modes = {part: part.training for part in self.module.modules()}
-        self.module.eval()
-        try:
-            self.logits(torch.zeros(2, *size, device=self.normalize.scale.device))
-        except DacnnError:
-            raise
-        except Exception as error:
-            raise _not_running(self.module, self.input, error) from error
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
+        with evaluating(self.module):
+            try:
+                self.logits(torch.zeros(2, *size, device=self.normalize.scale.device))
+            except DacnnError:
+                raise
+            except Exception as error:
+                raise _not_running(self.module, self.input, error) from error
         return self
 
     @property

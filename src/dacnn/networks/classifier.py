@@ -1,5 +1,8 @@
 """What all networks have in common, ours and foreign ones: they know what they take and what they tell apart."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +93,18 @@ class Classifier(nn.Module):
             Shape (N, K).
         """
         raise NotImplementedError
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for a while; then each part is in its own again, whatever happened."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def as_network(found: object) -> Classifier:

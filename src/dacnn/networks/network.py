@@ -102,9 +102,13 @@ class Network(Classifier):
         super().__init__(plan.input, plan.classes)
         self.plan = plan
         self.anchors = Anchors({layer.name: (layer.expression, layer.kernel_shape) for layer in plan.layers()})
-        self.stem = _reader(plan.stem)
-        self.stages = nn.ModuleList([nn.ModuleList([PlannedBlock(block) for block in stage.blocks]) for stage in plan.stages])
-        self.classifier = nn.Linear(plan.features, len(plan.classes))
+        # PyTorch's layers draw a start of their own, which is drawn anew below: from the generator alone
+        with torch.random.fork_rng(devices=[], enabled=generator is not None):
+            self.stem = _reader(plan.stem)
+            self.stages = nn.ModuleList(
+                [nn.ModuleList([PlannedBlock(block) for block in stage.blocks]) for stage in plan.stages]
+            )
+            self.classifier = nn.Linear(plan.features, len(plan.classes))
         self.segments = ()
         self.reset_parameters(generator)
 

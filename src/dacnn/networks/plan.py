@@ -101,6 +101,14 @@ class Layer:
     kernel_size: int = 3
     regulator: Regulator | None = None
 
+    def __post_init__(self) -> None:
+        """Check that a file can say how the kernel is read, and a start be drawn for it."""
+        if not isinstance(self.kernel, str | Combine | Repeat):
+            raise PlanError(
+                f"layer '{self.name}' reads a {type(self.kernel).__name__}: expected the name of a kernel, Combine or Repeat; "
+                "whatever else makes a kernel of a stored one can be a parametrization of it (torch.nn.utils.parametrize)"
+            )
+
     @property
     def expression(self) -> Expression:
         """How it reads its kernel."""

@@ -227,6 +227,10 @@ class Anchors(nn.Module):
             readers.setdefault(expression.anchor, []).append(name)
         return readers
 
+    def is_stored(self, reader: str) -> bool:
+        """Whether the kernel of a reader is a stored tensor itself, rather than made of one."""
+        return isinstance(self.expressions[reader], Stored)
+
     def read(self, reader: str) -> Tensor:
         """The kernel of a reader, evaluated now and kept nowhere; under autocast an evaluated one is of autocast's type.
 
@@ -236,9 +240,12 @@ class Anchors(nn.Module):
         Returns:
             Shape (O, I, ...).
         """
+        # an owner is never called: what makes a kernel before a call, as torch.nn.utils.prune does, makes it before it is read
+        for hook in tuple(self._forward_pre_hooks.values()):
+            hook(self, ())
         expression = self.expressions[reader]
         stored = self[expression.anchor]
-        if isinstance(expression, Stored):
+        if self.is_stored(reader):
             return stored
         return evaluated(expression.evaluate, stored, *self.own_tensors(reader).values())
 

@@ -1,12 +1,14 @@
 """Foreign layers that read their kernel: a subclass of the layer's own class whose `weight` belongs to somebody else."""
 
 import math
+from collections.abc import Set
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from dacnn.errors import PlanError
 from dacnn.sharing.anchors import Anchors
 from dacnn.sharing.regulators import LowRank, make_regulator
 from dacnn.sharing.survey import Layer
@@ -30,6 +32,19 @@ class ForeignReader(nn.Module):
         """What the layer's own class does, and the regulator behind it."""
         y = super().forward(*args, **kwargs)
         return y if self.regulator is None else _regulated(self, self.regulator, y)
+
+    def reset_parameters(self) -> None:
+        """What the layer's own class does, which draws the kernel anew for all its readers.
+
+        Raises:
+            PlanError: The kernel is made of a bank, which is nobody's alone.
+        """
+        if not self._anchors.is_stored(self._reader_name):
+            raise PlanError(
+                f"layer '{self._reader_name}' reads a kernel that is made of others: there is nothing of its own to reset; "
+                "reset_parameters() of their owner draws the bank anew"
+            )
+        super().reset_parameters()  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made when it is needed: a pickle can only name the class that it was made from
@@ -109,5 +124,38 @@ def become_reader(layer: Layer, anchors: Anchors, name: str, regulator: nn.Modul
 
 
 def owner_of(module: nn.Module) -> Anchors | None:
-    """Who owns the kernels of a module; None where it does not share by anchors."""
-    return next((part for part in module.modules() if isinstance(part, Anchors)), None)
+    """Who owns the kernels of a module that was converted as a whole.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The owner; None where it does not share by anchors.
+
+    Raises:
+        PlanError: A part of it was converted by itself, or several were: what is in a part is known by other names here.
+    """
+    owners = {name: part for name, part in module.named_modules() if isinstance(part, Anchors)}
+    if not owners:
+        return None
+    names = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    parts = [_shared_part(names, place, owner) for place, owner in owners.items()]
+    if parts == [""]:
+        return next(iter(owners.values()))
+    named = " and ".join(f"'{part}'" for part in parts)
+    raise PlanError(
+        f"{type(module).__name__} is not what shares kernels, but {named} in it: give that part alone (of an average of "
+        "weights, its `module`), or share the kernels of the whole: dacnn.anchor on the module that has no anchors yet"
+    )
+
+
+def _shared_part(names: Set[str], place: str, owner: Anchors) -> str:
+    """Name of the part that was converted as a whole: where the readers have the names that their owner knows them by."""
+    above = [""]
+    for step in place.split("."):
+        above.append(f"{above[-1]}.{step}".removeprefix("."))
+    for part in above:
+        if all(f"{part}.{reader}".removeprefix(".") in names for reader in owner.expressions):
+            return part
+    # of a network of the zoo, where they go by the names of the plan
+    return place.rpartition(".")[0]

@@ -95,6 +95,9 @@ REGULATORS: dict[str, Callable[[int], nn.Module]] = {
 RANKED_REGULATORS: dict[str, Callable[[int, int], nn.Module]] = {"low-rank": LowRank}
 
 
+_MADE_FROM = "_dacnn_made_from"
+
+
 def check_regulator(kind: str, rank: int | None) -> None:
     """Refuse what `make_regulator` cannot make.
 
@@ -130,9 +133,10 @@ def make_regulator(kind: str, channels: int, rank: int | None = None) -> nn.Modu
         PlanError: A rank is missing, or given to a kind that has none.
     """
     check_regulator(kind, rank)
-    if rank is not None:
-        return RANKED_REGULATORS[kind](channels, rank)
-    return REGULATORS[kind](channels)
+    regulator = REGULATORS[kind](channels) if rank is None else RANKED_REGULATORS[kind](channels, rank)
+    # files name it by what it was made from, also where the kind is somebody else's
+    regulator.__dict__[_MADE_FROM] = (kind, rank)
+    return regulator
 
 
 def regulator_kind(regulator: nn.Module) -> tuple[str, int | None]:
@@ -144,7 +148,5 @@ def regulator_kind(regulator: nn.Module) -> tuple[str, int | None]:
     Returns:
         What it was made from.
     """
-    if isinstance(regulator, LowRank):
-        return "low-rank", regulator.down.out_channels
-    kinds = {Pointwise: "pointwise", Depthwise: "depthwise", ChannelShift: "shift"}
-    return kinds[type(regulator)], None
+    made_from: tuple[str, int | None] = regulator.__dict__[_MADE_FROM]
+    return made_from

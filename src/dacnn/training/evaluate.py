@@ -1,6 +1,7 @@
 """Every test image exactly once, however many processes share the work."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dacnn.data.batches import ahead
 from dacnn.data.imageset import ImageSet
 from dacnn.data.sources import load_test
 from dacnn.errors import DataError
-from dacnn.networks.classifier import Classifier, as_network
+from dacnn.networks.classifier import Classifier, as_network, evaluating
 from dacnn.training.precision import Execution
 
 # N images, K classes
@@ -102,24 +103,21 @@ def evaluate(
     confusion = torch.zeros(len(classes), len(classes), dtype=torch.float64, device=device)
     # top-5 hits, loss
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    training = network.training
-    network.eval()
     done = 0
-    for batch, labels in ahead(images, torch.split(mine, batch_size) if len(mine) else (), device):
-        inputs = prepare(batch) if prepare else batch
-        if execution:
-            with execution.autocast():
+    with evaluating(network):
+        for batch, labels in ahead(images, torch.split(mine, batch_size) if len(mine) else (), device):
+            inputs = prepare(batch) if prepare else batch
+            with execution.autocast() if execution else nullcontext():
                 logits = network(inputs)
-        else:
-            logits = network(inputs)
-        logits = logits.float()
-        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        confusion.view(-1).index_add_(0, labels * len(classes) + guesses[:, 0], torch.ones_like(labels, dtype=torch.float64))
-        sums[0] += (guesses == labels[:, None]).sum()
-        sums[1] += F.cross_entropy(logits, labels, reduction="sum").double()
-        done += len(labels)
-        tick(done, len(mine))
-    network.train(training)
+            logits = logits.float()
+            guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            confusion.view(-1).index_add_(
+                0, labels * len(classes) + guesses[:, 0], torch.ones_like(labels, dtype=torch.float64)
+            )
+            sums[0] += (guesses == labels[:, None]).sum()
+            sums[1] += F.cross_entropy(logits, labels, reduction="sum").double()
+            done += len(labels)
+            tick(done, len(mine))
     confusion, sums = reduce(confusion).cpu(), reduce(sums).cpu()
     total = len(images)
     return Evaluation(

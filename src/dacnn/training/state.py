@@ -37,7 +37,13 @@ def save_state(loop: Loop, path: Path) -> None:
     if loop.device.type == "cuda":
         tensors["generator.cuda"] = torch.cuda.get_rng_state(loop.device)
     position = {"epoch": loop.epoch, "step": loop.step, "best_top1": loop.best_top1}
-    metadata = {"format": _FORMAT, "position": position, "execution": loop.execution.to_table(), "torch": torch.__version__}
+    metadata = {
+        "format": _FORMAT,
+        "position": position,
+        "execution": loop.execution.to_table(),
+        "torch": torch.__version__,
+        "data": loop.splits.identity(),
+    }
     if loop.quantized is not None:
         metadata["ranges"] = loop.quantized.network.ranges
     save_tensors(path, tensors, metadata)
@@ -50,7 +56,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path: What `save_state` wrote.
 
     Returns:
-        The tensors, and the metadata: `position`, `execution`, `torch`.
+        The tensors, and the metadata: `position`, `execution`, `torch`, and `data` unless an earlier version wrote them.
 
     Raises:
         CheckpointError: The file holds something else.
@@ -71,8 +77,8 @@ def restore_state(loop: Loop, tensors: dict[str, Tensor], metadata: dict[str, An
         path: Where both came from, for error messages.
 
     Raises:
-        CheckpointError: The state is of another network, or of a training that ran in another way, whose bits
-            would differ.
+        CheckpointError: The state is of another network, of other images, or of a training that ran in another way, whose
+            bits would differ.
     """
     now, then = loop.execution.to_table(), metadata["execution"]
     # whatever is made again, its bits are those of what was kept
@@ -84,6 +90,13 @@ def restore_state(loop: Loop, tensors: dict[str, Tensor], metadata: dict[str, An
         raise CheckpointError(
             f"{path}: cannot go on with the same bits: {'; '.join(different)}: "
             "resume on a machine like the first one, or start a new run"
+        )
+    images, before = loop.splits.identity(), metadata.get("data", {})
+    changed = [name for name, value in before.items() if images.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            f"{path}: '{loop.splits.name}' is not what it was when this run began: other {', '.join(changed)}: "
+            "bring the images back as they were, or start a new run"
         )
     network = {name.removeprefix("network."): tensor for name, tensor in tensors.items() if name.startswith("network.")}
     moments: dict[int, dict[str, Tensor]] = {}

@@ -156,6 +156,7 @@ def train(
         result = dacnn.train("dacnn14", data="digits", epochs=8)
         print(result.best.validation_top1, result.weights)
     """
+    says_what = any(given is not None for given in (network, data, recipe, config, *overrides.values()))
     plan = network if isinstance(network, Plan) else None
     module = _module_of(network)
     name = f"{_FROM_PYTHON}{type(module).__name__}" if module is not None else None if plan else cast(str | None, network)
@@ -182,6 +183,8 @@ def train(
             raise CheckpointError(f"{run.path}: already holds a run: go on with it by --resume, or choose another --out")
         config, plan = run.config(), run.plan()
         run.check_same(config, Config.sorted_into_tables(chosen))
+    elif resume and not says_what:
+        raise CheckpointError(f"{run.path}: holds no run to go on with: expected the --out of `dacnn train`")
     elif resume and PartialState().is_main_process and listener:
         listener.log(f"{run.path} holds no run yet: it is begun")
     return _train(config, plan, module, run, listener or Listener())
