@@ -17,6 +17,7 @@ from dacnn.deploy.export import Exported
 from dacnn.measure.audit import Audit, Kernel
 from dacnn.measure.count import Counts
 from dacnn.measure.memory_added import MemoryAdded
+from dacnn.measure.process import Held
 from dacnn.measure.proposals import UNSHARED, Proposal
 from dacnn.networks.adapted import Adapted
 from dacnn.networks.factory import is_factory
@@ -164,7 +165,7 @@ def fold_table(banks: Iterable[Bank], done: Fold, measured: Sequence[tuple[Evalu
     return Group(*parts, table, f"{accuracy} ({before.images:,} test images)   {sizes}")
 
 
-def audit_table(audit: Audit, memory: MemoryAdded | None) -> RenderableType:
+def audit_table(audit: Audit, memory: MemoryAdded | None, held: Sequence[Held] = ()) -> RenderableType:
     """A kernel a row, then where the copies of each are, then what made them."""
     headings = ("copies", "bytes", "wasted")
     table = _table(escape(f"{audit.artefact} ({audit.format})"), "kernel", "shape", right=headings)
@@ -186,7 +187,17 @@ def audit_table(audit: Audit, memory: MemoryAdded | None) -> RenderableType:
     if memory is not None:
         resident = f"{memory.resident_bytes:,} resident with mapped files"
         parts.append(Text(f"memory added: {memory.anonymous_bytes:,} private anonymous bytes, {resident} ({memory.loaded})"))
+    parts += [Text(_held_line(kernel)) for kernel in held]
     return Group(*parts)
+
+
+def _held_line(held: Held) -> str:
+    """How often a kernel is in memory, and in which forms."""
+    if held.count == 0:
+        return f"in memory: {held.name} in no order or form that is known"
+    forms = "; ".join(", ".join(words) for words in held.differences)
+    times = "once" if held.count == 1 else f"{held.count} times"
+    return f"in memory: {held.name} {times}, {held.nbytes:,} bytes ({forms})"
 
 
 def _copies_table(kernel: Kernel) -> RenderableType:

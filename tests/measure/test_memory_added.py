@@ -122,6 +122,6 @@ def test_elsewhere_than_on_linux_it_says_so(artefacts: dict[str, Path], monkeypa
 def test_the_command_reports_the_memory(artefacts: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     main(["audit", str(artefacts[".pt"]), "--memory", "--json"])
     table = json.loads(capsys.readouterr().out)
-    assert table["memory"].keys() == {"anonymous_bytes", "resident_bytes", "loaded"}
+    assert table["memory"].keys() == {"anonymous_bytes", "resident_bytes", "loaded", "kernels"}
     main(["audit", str(artefacts[".pt"]), "--memory"])
     assert "private anonymous bytes" in capsys.readouterr().out

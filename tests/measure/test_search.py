@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dacnn.deploy.lower import lower
 from dacnn.measure import search as searching
 from dacnn.measure.audit import Audit, audit
 from dacnn.measure.orders import orders_of
-from dacnn.measure.search import search
+from dacnn.measure.search import Found, KernelSearch
 from dacnn.measure.stored import StoredArray
 from dacnn.networks.network import Network, create
 from reference import one_thread, randomise  # noqa: F401  (one_thread is a fixture)
@@ -34,6 +35,10 @@ SHAPES = [(32, 32, 3, 3), (20, 6, 3, 3), (24, 1, 3, 3), (10, 48), (40, 64, 1, 1)
 def kernel_of(shape: tuple[int, ...], seed: int = 0) -> StoredArray:
     values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     return StoredArray((f"kernel{seed}",), "parameter", values, "float32", values.nbytes)
+
+
+def search(data: NDArray[np.uint8], kernels: Sequence[StoredArray], aligned: bool = False) -> list[Found]:
+    return KernelSearch(kernels).find(data, aligned)
 
 
 def noise(count: int, seed: int = 1) -> NDArray[np.uint8]:
@@ -95,6 +100,14 @@ def test_kernels_are_found_across_the_borders_of_what_is_looked_at_at_once(monke
     for size in (256, 1 << 10, 1 << 12):
         monkeypatch.setattr(searching, "_CHUNK", size)
         assert [(copy.kernel, copy.start) for copy in search(data, kernels)] == whole
+
+
+def test_where_numbers_are_aligned_what_lies_elsewhere_is_not_looked_for() -> None:
+    kernel = kernel_of((16, 16, 3, 3))
+    held = kernel.values.view(np.uint8).ravel()
+    data = np.concatenate([noise(64), held, noise(66), held, noise(80)])
+    assert [copy.start for copy in search(data, [kernel], aligned=True)] == [64]
+    assert [copy.start for copy in search(data, [kernel])] == [64, 64 + len(held) + 66]
 
 
 def test_nothing_is_found_in_noise_zeros_and_other_kernels() -> None:

@@ -115,7 +115,9 @@ def audit(
             "REFERENCE",
         ),
     ] = None,
-    memory: Annotated[bool, word("load it in a fresh process and report the memory that adds (Linux)")] = False,
+    memory: Annotated[
+        bool, word("load it in a fresh process; tell what memory that adds, and how often each kernel is in it (Linux)")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Find every copy of every kernel in a saved or exported model or firmware image, scaled, reordered and rounded ones too.
@@ -126,13 +128,15 @@ def audit(
     """
     from dacnn import tables
     from dacnn.measure.audit import audit as audit_artefact
-    from dacnn.measure.runtimes import artefact_memory
+    from dacnn.measure.runtimes import artefact_copies, artefact_memory
 
     found = audit_artefact(artefact, against=against)
     added = artefact_memory(artefact) if memory else None
+    held = artefact_copies(artefact, against) if memory else ()
     if json:
-        tables.show_json({**found.to_table(), **({"memory": dataclasses.asdict(added)} if added else {})})
+        in_memory = {**dataclasses.asdict(added), "kernels": [dataclasses.asdict(kernel) for kernel in held]} if added else None
+        tables.show_json({**found.to_table(), **({"memory": in_memory} if in_memory else {})})
     else:
-        tables.show(tables.audit_table(found, added))
+        tables.show(tables.audit_table(found, added, held))
     if not found.single:
         sys.exit(1)

@@ -11,7 +11,7 @@ from dacnn.checkpoint import weights_path
 from dacnn.measure.artefacts import format_of, read_artefact, read_bytes
 from dacnn.measure.copies import Difference, Group, group_copies
 from dacnn.measure.hazards import HAZARDS, Hazard, hazard_of
-from dacnn.measure.search import search
+from dacnn.measure.search import KernelSearch
 from dacnn.measure.stored import Artefact, StoredArray, is_trivial
 
 
@@ -167,7 +167,7 @@ def _kernels(
 
 def _searched(path: Path, references: tuple[StoredArray, ...]) -> tuple[Artefact, list[Group]]:
     """A file of any kind by the reference's kernels that are found in its bytes."""
-    found = search(read_bytes(path), references)
+    found = KernelSearch(references).find(read_bytes(path))
     groups = [
         Group(
             kernel,

@@ -3,15 +3,20 @@
 import gc
 import importlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 from dacnn.errors import ArtefactError
 
 _MAP = Path("/proc/self/smaps_rollup")
+_HOLD = "hold"
 
 # What a loader is: called with None it readies its runtime with something tiny; called with a path it loads that, runs it once
 # where it can, and returns what is to be kept while the memory is read, and in words what it did.
@@ -74,6 +79,54 @@ def memory_added(loader: str, path: Path) -> MemoryAdded:
     return MemoryAdded(**json.loads(lines[-1]))
 
 
+@contextmanager
+def holding(loader: str, path: Path) -> Iterator[int]:
+    """Load an artefact in a fresh process that then stands still.
+
+    What that process has given back is overwritten, so that nothing is seen in its memory that is not in use.
+
+    Args:
+        loader: `module:function` of a `Loader`.
+        path: The artefact.
+
+    Yields:
+        The number of the process, which ends behind the block.
+
+    Raises:
+        ArtefactError: This is not Linux, or the artefact cannot be loaded.
+    """
+    read_memory_bytes()
+    command = [sys.executable, "-W", "ignore", "-m", __name__, loader, str(path), _HOLD]
+    # of the GNU C library: bytes that are written over what is freed
+    environment = os.environ | {"MALLOC_PERTURB_": "165"}
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        ) as process,
+    ):
+        try:
+            # a library may print as well
+            if not any(line.strip() == _HOLD for line in cast(IO[str], process.stdout)):
+                errors.seek(0)
+                reason = (errors.read().strip() or "it ended").splitlines()[-1]
+                raise ArtefactError(f"{path}: cannot be loaded to search its memory: {reason}")
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def _hold(loader: str, path: Path) -> None:
+    """What that process does."""
+    module, _, name = loader.partition(":")
+    load: Loader = getattr(importlib.import_module(module), name)
+    held = load(path)
+    gc.collect()
+    print(_HOLD, flush=True)
+    sys.stdin.read()
+    del held
+
+
 def _measure(loader: str, path: Path) -> None:
     """What the fresh process does: print one JSON line."""
     module, _, name = loader.partition(":")
@@ -94,4 +147,4 @@ def _measure(loader: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _measure(sys.argv[1], Path(sys.argv[2]))
+    (_hold if sys.argv[3:] == [_HOLD] else _measure)(sys.argv[1], Path(sys.argv[2]))

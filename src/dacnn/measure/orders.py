@@ -53,8 +53,11 @@ def _blocked(numbers: NDArray[np.int32], outputs: int, inputs: int, quad: int, d
     """
     inputs = max(inputs // quad, 1)
     count_o, count_i, places = numbers.shape
-    filled = np.pad(numbers, ((0, 0), (0, -count_i % (inputs * quad)), (0, 0)), constant_values=-1)
-    filled = np.pad(filled, ((0, -count_o % outputs), (0, 0), (0, 0)), constant_values=-2)
+    filled = numbers
+    if left := -count_i % (inputs * quad):
+        filled = np.pad(filled, ((0, 0), (0, left), (0, 0)), constant_values=-1)
+    if left := -count_o % outputs:
+        filled = np.pad(filled, ((0, left), (0, 0), (0, 0)), constant_values=-2)
     parts = filled.reshape(-1, outputs, filled.shape[1] // (inputs * quad), inputs, quad, places)
     all_dimensions = "OoIiqS"
     present = [all_dimensions.index(name) for name in dimensions]
@@ -116,5 +119,6 @@ def _both_ends(
 ) -> Iterator[tuple[str, NDArray[np.int32]]]:
     """The last block of outputs as narrow as what is left, and filled with zeros."""
     indices = _blocked(numbers, outputs, inputs, quad, dimensions)
-    for each in (indices[indices != -2], np.maximum(indices, -1)):
-        yield f"blocked by {outputs}", each
+    yield f"blocked by {outputs}", indices[indices != -2] if len(numbers) % outputs else indices
+    if len(numbers) % outputs:
+        yield f"blocked by {outputs}", np.maximum(indices, -1)

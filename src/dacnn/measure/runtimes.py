@@ -10,16 +10,21 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from dacnn import runtime
 from dacnn.checkpoint import load, save, weights_path
 from dacnn.errors import ArtefactError, DacnnError
-from dacnn.measure.artefacts import format_of
-from dacnn.measure.memory_added import MemoryAdded, memory_added
+from dacnn.measure.artefacts import KNOWN, format_of, read_artefact
+from dacnn.measure.copies import group_copies
+from dacnn.measure.memory_added import MemoryAdded, holding, memory_added
 from dacnn.measure.onnx_arrays import import_onnx
+from dacnn.measure.process import Held, held_by
 from dacnn.measure.pt2 import code_in
 from dacnn.networks.network import Network, create
 
 # what stands in for a dimension that an artefact leaves open: images of a common size, one at a time
 _OPEN_BATCH, _OPEN_SIDE = 1, 32
+# endings of shared libraries
+_LIBRARIES = (".so", ".dylib", ".dll")
 
 
 def _tiny() -> nn.Module:
@@ -123,12 +128,34 @@ def _zeros(item: Any) -> Any:
     )
 
 
+def compiled_c(path: Path | None) -> tuple[object, str]:
+    """A library of the C that this library writes, by its runtime."""
+    if path is None:
+        # the compiler's runtime and NumPy are there already, and nothing else comes with it
+        return None, ""
+    library = runtime.load(path)
+    library(np.zeros((_OPEN_BATCH, *library.input_shape), np.uint8))
+    return library, "the compiled C, one thread, run once on zeros"
+
+
+def _loader_of(path: Path) -> str:
+    kind = format_of(path)
+    loaders = {"onnx": onnx_runtime, "pt2": exported_program, "bytes": compiled_c}
+    loader = network if kind == "safetensors" and _is_ours(path) else loaders.get(kind, tensors)
+    if loader is compiled_c and path.suffix not in _LIBRARIES:
+        raise ArtefactError(
+            f"{path}: nothing here loads it: expected {KNOWN}, or a library of compiled C ({', '.join(_LIBRARIES)}); "
+            "audit it without --memory"
+        )
+    return f"{__name__}:{loader.__name__}"
+
+
 def artefact_memory(path: Path) -> MemoryAdded:
     """Measure what loading an artefact in its runtime adds to a process.
 
     Args:
-        path: A run directory or a file. `.onnx` is loaded by ONNX Runtime with its default optimisation and one thread, all
-            else by PyTorch; a `.pt2` file that might run code is refused.
+        path: A run directory or a file. `.onnx` is loaded by ONNX Runtime with its default optimisation and one thread, a
+            library of compiled C by `dacnn.runtime`, all else by PyTorch; a `.pt2` file that might run code is refused.
 
     Returns:
         The memory that was added.
@@ -138,11 +165,28 @@ def artefact_memory(path: Path) -> MemoryAdded:
         CheckpointError: A directory holds no weights.
     """
     path = weights_path(path)
-    kind = format_of(path)
-    loader = {"onnx": onnx_runtime, "pt2": exported_program}.get(kind, tensors)
-    if kind == "safetensors" and _is_ours(path):
-        loader = network
-    return memory_added(f"{__name__}:{loader.__name__}", path)
+    return memory_added(_loader_of(path), path)
+
+
+def artefact_copies(path: Path, against: Path | None = None) -> tuple[Held, ...]:
+    """Count the copies of each kernel in the memory of a process that has loaded an artefact and run it once.
+
+    Args:
+        path: As in `artefact_memory`.
+        against: Whose kernels are looked for; None: those of the artefact itself.
+
+    Returns:
+        What was found in memory that belongs to no file, and where the artefact itself is mapped.
+
+    Raises:
+        ArtefactError: This is not Linux, or the artefact cannot be loaded.
+        CheckpointError: A directory holds no weights.
+    """
+    path = weights_path(path)
+    arrays = read_artefact(against or path).arrays
+    kernels = [arrays[group.first] for group in group_copies(arrays)]
+    with holding(_loader_of(path), path) as pid:
+        return held_by(pid, kernels, [path])
 
 
 def _is_ours(path: Path) -> bool:

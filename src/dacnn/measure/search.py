@@ -28,8 +28,9 @@ _ALL = (1 << _WINDOW) - 1
 _WINDOWS, _LOOKED_AT = 3, 16384
 # share of a channel's strong numbers whose signs must agree before a whole kernel is compared, and what is strong
 _AGREE, _STRONG = 0.9, 0.1
+_TABLE_BITS = 17
 # of the bytes, at once
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 # types by their size in bytes; those of one byte are told apart by where their zero is
 _TYPES = {4: ("float32",), 2: ("bfloat16", "float16"), 1: ("int8", "uint8")}
 
@@ -131,22 +132,28 @@ def _as_bits(bools: NDArray[np.bool_]) -> int:
     return int(np.packbits(bools, bitorder="little").view(np.uint32)[0])
 
 
-def _keys(data: Bytes, size: int) -> NDArray[np.uint32]:
-    """The signs of as many neighbouring numbers as a window has, from every byte on.
+def _keys(data: Bytes, size: int, step: int) -> NDArray[np.uint32]:
+    """The signs of as many neighbouring numbers as a window has.
 
     Args:
         data: Shape (N,).
         size: Bytes of a number; its sign is the highest bit of the last one.
+        step: Bytes from one beginning to the next: 1 or `size`.
 
     Returns:
-        Shape (N - size * 32 + 1,).
+        A key for every beginning.
     """
-    keys = (data[size - 1 :] >> 7).astype(np.uint32)
-    have = 1
+    keys = (data[size - 1 :: step] >> 7).astype(np.uint32)
+    have, apart = 1, size // step
     while have < _WINDOW:
-        keys = keys[: -size * have] | keys[size * have :] << np.uint32(have)
+        keys = keys[: -apart * have] | keys[apart * have :] << np.uint32(have)
         have *= 2
     return keys
+
+
+def _hashed(keys: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Keys spread over the table, those of equal signs in a row among them, which most of any memory is."""
+    return keys * np.uint32(0x9E3779B1) >> np.uint32(32 - _TABLE_BITS)
 
 
 class _Index:
@@ -157,13 +164,13 @@ class _Index:
         self.windows = [window for window in windows for _ in window.keys]
         self.order = np.argsort(keys, kind="stable")
         self.keys = keys[self.order]
-        # most of what is looked up differs in its lower half already
-        self.lower = np.zeros(1 << 16, bool)
-        self.lower[keys & 0xFFFF] = True
+        # most of what is looked up is ruled out by a table of single bits
+        self.table = np.zeros(1 << _TABLE_BITS, bool)
+        self.table[_hashed(keys)] = True
 
     def found(self, keys: NDArray[np.uint32]) -> Iterator[tuple[int, _Window]]:
         """Places in `keys`, and the windows that have such a key."""
-        places = np.flatnonzero(self.lower[keys & np.uint32(0xFFFF)])
+        places = np.flatnonzero(self.table[_hashed(keys)])
         wanted = keys[places]
         first = np.searchsorted(self.keys, wanted)
         last = np.searchsorted(self.keys, wanted, side="right")
@@ -239,41 +246,46 @@ def _with(difference: Difference, words: str, layout: bool = False) -> Differenc
     return Difference((*others, words), words if layout else difference.layout)
 
 
-def search(data: Bytes, kernels: Sequence[StoredArray], aligned: bool = False) -> list[Found]:
-    """Find every copy of some kernels among bytes.
+class KernelSearch:
+    """Looks for some kernels among bytes."""
 
-    Args:
-        data: The bytes, shape (N,).
-        kernels: The kernels, of two dimensions and more: output channels, input channels, sides.
-        aligned: Whether numbers lie at multiples of their size, as they do in memory; a file may lay them anywhere.
+    def __init__(self, kernels: Sequence[StoredArray]) -> None:
+        """Choose what to look up.
 
-    Returns:
-        The copies, in the order of the bytes.
-    """
-    windows = [
-        window
-        for index, array in enumerate(kernels)
-        if not is_trivial(array.values)
-        for window in _windows(_prepared(index, array))
-    ]
-    index = _Index(windows)
-    found: list[Found] = []
-    for size in _TYPES:
-        step = size if aligned else 1
-        tried: set[tuple[int, int, int]] = set()
-        for first in range(0, len(data), _CHUNK):
-            chunk = np.asarray(data[first : first + _CHUNK + size * _WINDOW - 1])
-            if len(chunk) < size * _WINDOW:
-                break
-            for place, window in index.found(_keys(chunk, size)[::step]):
-                start = first + place * step - window.at * size
-                fits = 0 <= start <= len(data) - len(window.order.indices) * size
-                key = (window.kernel.index, id(window.order), start)
-                if fits and key not in tried:
-                    tried.add(key)
-                    if (copy := _read(data, start, window, size)) is not None and not _overlaps(copy, found):
-                        found.append(copy)
-    return sorted(found, key=lambda copy: copy.start)
+        Args:
+            kernels: The kernels: output channels, input channels, sides; of a bank, with one dimension more in front. What says
+                nothing of its own, such as an identity, is not looked for.
+        """
+        prepared = [_prepared(index, array) for index, array in enumerate(kernels) if not is_trivial(array.values)]
+        self._index = _Index([window for kernel in prepared for window in _windows(kernel)])
+
+    def find(self, data: Bytes, aligned: bool = False) -> list[Found]:
+        """Find every copy.
+
+        Args:
+            data: The bytes, shape (N,).
+            aligned: Whether numbers lie at multiples of their size, as they do in memory; a file may lay them anywhere.
+
+        Returns:
+            The copies, in the order of the bytes.
+        """
+        found: list[Found] = []
+        for size in _TYPES:
+            step = size if aligned else 1
+            tried: set[tuple[int, int, int]] = set()
+            for first in range(0, len(data), _CHUNK):
+                chunk = np.asarray(data[first : first + _CHUNK + size * _WINDOW - 1])
+                if len(chunk) < size * _WINDOW:
+                    break
+                for place, window in self._index.found(_keys(chunk, size, step)):
+                    start = first + place * step - window.at * size
+                    fits = 0 <= start <= len(data) - len(window.order.indices) * size
+                    key = (window.kernel.index, id(window.order), start)
+                    if fits and key not in tried:
+                        tried.add(key)
+                        if (copy := _read(data, start, window, size)) is not None and not _overlaps(copy, found):
+                            found.append(copy)
+        return sorted(found, key=lambda copy: copy.start)
 
 
 def _overlaps(copy: Found, found: Sequence[Found]) -> bool:
