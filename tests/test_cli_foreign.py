@@ -1,6 +1,7 @@
 """A user's own network on the command line: every command, its table, its JSON, its one line for bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dacnn.cli import main
 from factories import FILE, GROUPS, KERNEL_PARAMETERS
@@ -328,3 +331,72 @@ def test_help_says_what_stands_for_a_factory(command: str, capsys: pytest.Captur
     assert stop.value.code == 0 and f"Example: dacnn {command}" in text and "--json" in text
     assert "FACTORY" in text or "FILE.py:factory" in text or command == "fold"
     assert "--groups STR ..." in text or command in ("fold", "predict")
+
+
+# ---------------------------------------------------------------- far from the images, and other places where people stumble
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Images of two classes, 16 pixels a side."""
+    folder = tmp_path / "photos"
+    for value, name in ((40, "dark"), (200, "light")):
+        (folder / name).mkdir(parents=True)
+        for index in range(12):
+            pixels = np.random.default_rng(index).integers(value, value + 50, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_a_small_network_trains_on_small_images_and_is_shipped_without_them(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    settings = "--epochs 1 --batch-size 4 --threads 1 --precision float32 --crop 0 --size 16"
+    main(f"train {CHAIN} --share all --data {photos} {settings} --out {out}".split())
+    photos.rename(tmp_path / "elsewhere")
+    exported = table(f"export {out} --into {CHAIN} --to onnx --out {tmp_path / 'net.onnx'}", capsys)
+    assert "images of noise" in exported["compared_on"]
+    assert "cannot be read here" in exported["compared_on"]
+    line = refusal(f"eval {out} --into {CHAIN}", capsys)
+    assert f"so says the config of {out}: name its data set by --data" in line
+    assert table(f"eval {out} --into {CHAIN} --data {tmp_path / 'elsewhere'}", capsys)["images"] > 0
+    line = refusal(f"export {out} --into {CHAIN} --to c --dtype int8 --out {tmp_path / 'net.c'}", capsys)
+    assert "name its data set by --calibrate" in line
+    assert not (tmp_path / "net.c").exists()
+
+
+def test_a_run_is_counted_like_what_it_was_made_from_but_not_planned(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counted = table(f"count {run} --into {CHAIN}", capsys)
+    made = table(f"count {CHAIN} --share all --classes 10 --in-channels 1", capsys)
+    stored = [[column["stored_parameters"] for column in of["columns"]] for of in (counted, made)]
+    assert stored[0] == stored[1]
+    assert stored[0][0] < stored[0][1]
+    assert "shares as it was trained to" in refusal(f"plan {run}", capsys)
+
+
+def test_paths_that_are_not_there_are_called_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'nothere': there is no such file or folder" in refusal(f"train {CHAIN} --data nothere --epochs 1", capsys)
+    assert "recipe 'mine.toml': no such file" in refusal(f"train {CHAIN} --data digits --recipe mine.toml", capsys)
+
+
+def test_values_that_are_no_numbers_are_no_measurement(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    weights = load_file(broken / "best.safetensors")
+    with safe_open(broken / "best.safetensors", "pt") as file:
+        metadata = file.metadata()
+    next(tensor for tensor in weights.values() if tensor.ndim == 4).fill_(float("nan"))
+    save_file(weights, broken / "best.safetensors", metadata)
+    assert "values that are no numbers" in refusal(f"eval {broken} --into {CHAIN}", capsys)
+
+
+def test_sharing_that_shares_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pair.py"
+    file.write_text(
+        "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), "
+        "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))\n"
+    )
+    main(f"train {file}:make --share all {SMALL} --out {tmp_path / 'run'}".split())
+    captured = capsys.readouterr()
+    assert "share 'all': no two layers can read one kernel" in " ".join((captured.out + captured.err).split())

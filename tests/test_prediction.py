@@ -24,6 +24,10 @@ def folder(tmp_path: Path) -> Path:
     }.items():
         Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
+    # what systems leave behind, and an ending that images are only written with
+    (tmp_path / ".thumbnails").mkdir()
+    for name in (".thumbnails/b.png", "._b.png", "page.pdf"):
+        (tmp_path / name).write_bytes(b"no image")
     return tmp_path
 
 

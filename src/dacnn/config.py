@@ -159,7 +159,7 @@ class DataConfig(Checked):
     """A data set, and how its images are brought to the network's input."""
 
     source: str = setting("digits", "digits, cifar10, cifar100, svhn, a hub data set, or a local folder or archive")
-    size: int | None = setting(None, "side of the square input in pixels (default: the images' own, at least 32)", low=32)
+    size: int | None = setting(None, "side of the square input in pixels (default: the images' own, at least 32)", low=4)
     fit: Fit = setting("crop", "how images of other sizes are fitted: crop, stretch or pad")
     channels: int | None = setting(None, "1 (grey) or 3 (colour); default: what the data set has", low=1, high=3)
     validation: float = setting(0.1, "share of the training images set aside to choose the best epoch", low=0.0, high=0.9)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dacnn.data.fit import read_image
+from dacnn.data.folders import image_files
 from dacnn.errors import DataError
 from dacnn.networks.classifier import Classifier, as_network, evaluating
 
@@ -34,7 +34,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     """The image files that some paths name.
 
     Args:
-        paths: Files, taken as they are, and folders, of which all files with an image's ending are taken.
+        paths: Files, taken as they are, and folders, of which all files with an image's ending are taken but hidden ones.
 
     Returns:
         The files; those of a folder sorted by name, its subfolders included.
@@ -42,11 +42,10 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         DataError: A path does not exist, or a folder holds no images.
     """
-    endings = Image.registered_extensions()
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
+            inside = image_files(path)
             if not inside:
                 raise DataError(f"{path}: holds no images: expected files such as *.png or *.jpg")
             files += inside

@@ -247,7 +247,7 @@ def export_table(done: Exported, compared_on: str, ranges_from: str | None = Non
     """What was written, and how far it is from the network."""
     table = Table.grid(padding=(0, 2))
     table.add_row("file", Text(f"{done.path} ({done.target})"))
-    table.add_row("bytes", f"{done.file_bytes:,} (parameters and buffers: {done.stored_bytes:,})")
+    table.add_row("bytes", f"{done.file_bytes:,} (parameters and buffers in float32: {done.stored_bytes:,})")
     if done.others:
         table.add_row("beside it", Text(", ".join(path.name for path in done.others)))
     if done.workspace_bytes is not None:

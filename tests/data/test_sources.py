@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from dacnn.config import DataConfig
 from dacnn.data import hub
+from dacnn.data.folders import read_image_folder
 from dacnn.data.imageset import MemoryImages, StreamedImages
 from dacnn.data.sources import load_data, load_test
 from dacnn.data.split import hold_out
@@ -126,6 +127,18 @@ def test_train_and_test_folders_are_the_splits(tmp_path, test_name):
     splits = load(tmp_path, validation=0.0)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (10, 0, 6)
     assert splits.validation.gather(torch.zeros(0, dtype=torch.int64)).shape == (0, 40, 40, 3)
+
+
+def test_hidden_files_and_what_lies_in_hidden_folders_are_passed_over(tmp_path):
+    for name, place in (("a", "a"), ("b", "b"), ("b", "a/.ipynb_checkpoints"), ("b", "a/__MACOSX/inner")):
+        folder = tmp_path / place
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(3):
+            Image.new("RGB", (8, 8), "red" if name == "a" else "blue").save(folder / f"{name}{index}.png")
+    (tmp_path / "a" / "._a0.png").write_bytes(b"no image")
+    records = read_image_folder(tmp_path)["train"]
+    assert records.classes == ("a", "b")
+    assert np.bincount(records.labels).tolist() == [3, 3]
 
 
 def test_images_of_every_kind_and_size_share_one_folder(tmp_path):

@@ -54,7 +54,7 @@ def export(
 ) -> None:
     """Write a trained network for another runtime, each kernel once, and compare what that computes with the network.
 
-    Where the run's data set is not known, the comparison is on images of noise.
+    Where the run's data set is not known, or not here, the comparison is on images of noise.
 
     Example: dacnn export runs/first --to onnx-loop --out first.onnx
     """

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
-from dacnn.errors import ConfigError, DataError
+from dacnn.errors import ConfigError
 from dacnn.flags import Into, Json, RunPath, Source, word
 
 
@@ -36,7 +36,6 @@ def bench(
     from dacnn.bench.measuring import run_bench
     from dacnn.bench.settings import Settings
     from dacnn.checkpoint import load
-    from dacnn.deploy.parity import noise_images
     from dacnn.draw import check_picture, draw_bench
     from dacnn.progress import bar
     from dacnn.training.run import some_images
@@ -49,13 +48,7 @@ def bench(
         check_picture(png)
     network = load(run, into)
     with bar("loading") as tick:
-        try:
-            compared, what = some_images(run, network, images, data, progress=lambda what, done, total: tick(done, total))
-        except DataError:
-            if data is not None:
-                raise
-            # that the run's own data set is not here any more need not keep its network from being measured
-            compared, what = noise_images(network.input, images), f"{images} images of noise"
+        compared, what = some_images(run, network, images, data, progress=lambda what, done, total: tick(done, total))
     found = run_bench(network, compared, what, settings, bar)
     if png:
         draw_bench(found, png)

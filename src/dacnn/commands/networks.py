@@ -136,6 +136,11 @@ def plan(
     from dacnn import tables
     from dacnn.measure.proposals import parse_bytes, propose_sharing
 
+    if Path(network).is_dir() or network.endswith(".safetensors"):
+        raise ConfigError(
+            f"{network}: shares as it was trained to: plan takes a network of the zoo or FILE.py:factory; "
+            "`dacnn show` tells who reads what in a run"
+        )
     config = NetworkConfig(network, **settings_of(network_settings))
     found, chosen = propose_sharing(
         config,
@@ -162,6 +167,7 @@ def count(
     classes: Classes = None,
     in_channels: InChannels = 3,
     size: Size = 32,
+    into: Into = None,
     measure: Annotated[bool, word("train two steps for each, and tell what the allocator says as well")] = False,
     json: Json = False,
     step_settings: OmitArgPrefixes[StepFlags] = StepFlags(),  # type: ignore[valid-type]  # noqa: B008
@@ -180,13 +186,13 @@ def count(
     from dacnn.networks.rival import rival
     from dacnn.training.precision import best_device, choose
 
-    shown = _shown(network, None, classes, in_channels, size, network_settings)
+    shown = _shown(network, into, classes, in_channels, size, network_settings)
     training = TrainingConfig(**settings_of(step_settings))
     sides: dict[str, Adapted | Plan] = {"network": shown}
     if isinstance(shown, Plan):
         sides |= {"unshared twin": shown.unshared(), "equal-bytes rival": rival(shown)}
     else:
-        sides["unshared twin"] = adapted_as(NetworkConfig(network), shown.input, shown.classes)
+        sides["unshared twin"] = adapted_as(NetworkConfig(into or network), shown.input, shown.classes)
     execution = choose(training, best_device(), foreign=not isinstance(shown, Plan))
     if measure:
         # the profiler that measures would tell of itself on standard error

@@ -3,13 +3,14 @@
 Nothing that imports torch is imported before a command needs it.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from dacnn.config import DataConfig, NetworkConfig
-from dacnn.errors import ConfigError
+from dacnn.errors import ConfigError, TrainingError
 from dacnn.flags import (
     DataFlags,
     Into,
@@ -108,7 +109,7 @@ def eval(
     from dacnn.progress import bar
     from dacnn.training.evaluate import evaluate
     from dacnn.training.precision import best_device
-    from dacnn.training.run import data_of
+    from dacnn.training.run import data_of, own_data
 
     if png:
         # before the images are gone through
@@ -125,10 +126,12 @@ def eval(
         network = load(run, into)
         config = data_of(run, data, **settings_of(data_settings))
     network = network.to(best_device())
-    with bar("loading") as tick:
+    with bar("loading") as tick, own_data(run, data, "--data"):
         images = load_test(config, network.input, network.classes, progress=lambda what, done, total: tick(done, total))
     with bar("evaluating") as tick:
         result = evaluate(network, images, tick=tick)
+    if not math.isfinite(result.loss):
+        raise TrainingError(f"{run}: gives values that are no numbers: the training went astray, or the file was damaged")
     if png:
         draw_confusion(result, png)
     counts = count(network)

@@ -55,7 +55,6 @@ def read_image_folder(folder: Path) -> dict[str, Records]:
 
 def _read_split(folder: Path, classes: tuple[str, ...] | None) -> Records:
     """The images of one split; `classes` are those of train, or None for train itself."""
-    extensions = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     folders = _subfolders(folder)
     if not folders:
         raise DataError(f"{folder}: holds no folders: expected one folder of images per class")
@@ -66,8 +65,7 @@ def _read_split(folder: Path, classes: tuple[str, ...] | None) -> Records:
         if sub.name not in names:
             raise DataError(f"{sub}: class '{sub.name}' is not in train: expected one of {', '.join(names[:10])}")
         try:
-            inside = (path for path in sub.rglob("*") if path.suffix.lower() in extensions and not _hidden(path))
-            found = sorted(path for path in inside if path.is_file())
+            found = image_files(sub)
         except OSError as error:
             raise DataError(f"{sub}: cannot be listed ({reason(error)})") from None
         if not found and classes is None:
@@ -77,12 +75,34 @@ def _read_split(folder: Path, classes: tuple[str, ...] | None) -> Records:
     return Records.whole(FileStore(tuple(paths)), np.array(labels, np.int64), names)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """What a folder and its subfolders hold of files whose names end like an image's.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The files, sorted by name; hidden ones, and those in hidden folders such as `.ipynb_checkpoints`, are passed over.
+    """
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in endings and not is_hidden(path.relative_to(folder)) and path.is_file()
+    )
+
+
 def _subfolders(folder: Path) -> list[Path]:
     try:
-        return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not _hidden(sub))
+        return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not is_hidden(Path(sub.name)))
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({reason(error)})") from None
 
 
-def _hidden(path: Path) -> bool:
-    return path.name.startswith((".", "__MACOSX"))
+def is_hidden(path: Path) -> bool:
+    """Whether a file, or a folder on the way to it, is hidden.
+
+    Args:
+        path: Its path, from the folder that is looked through.
+    """
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)

@@ -1,5 +1,6 @@
 """From the name of a data set to its images, split and fitted: one reader for all sources."""
 
+import difflib
 import hashlib
 import re
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 from dacnn.config import DataConfig
 from dacnn.data.archives import find_archive
 from dacnn.data.fit import Pixels
-from dacnn.data.folders import read_image_folder
+from dacnn.data.folders import is_hidden, read_image_folder
 from dacnn.data.hub import read_hub
 from dacnn.data.imageset import ImageSet, Progress, load_records
 from dacnn.data.parquet import read_parquet
@@ -207,9 +208,12 @@ def find_source(config: DataConfig) -> dict[str, Records]:
     hub = _HUB_NAME.fullmatch(source)
     if hub and not source.startswith((".", "~")):
         return read_hub(hub[1], hub[2])
-    if re.fullmatch(r"[\w-]+", source):
+    if re.fullmatch(r"[\w-]+", source) and difflib.get_close_matches(source, SOURCES):
         raise UnknownNameError("data set", source, SOURCES)
-    raise DataError(f"'{source}': there is no such file or folder, and no hub data set is named so: check data.source")
+    raise DataError(
+        f"'{source}': there is no such file or folder here, and no data set is named so: expected a path, a hub data set, or "
+        f"one of {', '.join(SOURCES)}"
+    )
 
 
 def _read_path(path: Path, memory_bytes: float) -> dict[str, Records]:
@@ -220,7 +224,7 @@ def _read_path(path: Path, memory_bytes: float) -> dict[str, Records]:
         if path.suffix != ".parquet":
             raise DataError(f"{path}: expected a folder, a .tar.gz of CIFAR, a .mat of SVHN or a .parquet file")
         return read_parquet(path, [path], memory_bytes)
-    files = [file for file in path.rglob("*.parquet") if not file.name.startswith(".")]
+    files = [file for file in path.rglob("*.parquet") if not is_hidden(file.relative_to(path))]
     return read_parquet(path, files, memory_bytes) if files else read_image_folder(path)
 
 

@@ -38,6 +38,8 @@ def load_recipe(name: str) -> Config:
             return read_config(path)
     if Path(name).is_file():
         return read_config(Path(name))
+    if name.endswith(".toml"):
+        raise ConfigError(f"recipe '{name}': no such file: expected a TOML file, or one of {', '.join(recipe_names())}")
     raise UnknownNameError("recipe", name, recipe_names())
 
 

@@ -26,7 +26,7 @@ from dacnn.config import Config, DataConfig, read_config
 from dacnn.data.imageset import Progress
 from dacnn.data.sources import load_test, load_train
 from dacnn.deploy.parity import noise_images
-from dacnn.errors import CheckpointError, ConfigError, PlanError
+from dacnn.errors import CheckpointError, ConfigError, DataError, PlanError
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.plan import Plan
 from dacnn.training.loop import EpochRecord, Loop
@@ -243,6 +243,23 @@ def data_of(run: Path, source: str | None, **changes: Any) -> DataConfig:
     return dataclasses.replace(config, **({"source": source} | changes if source else changes))
 
 
+@contextlib.contextmanager
+def own_data(run: Path, source: str | None, flag: str) -> Iterator[None]:
+    """Say whose data set it was, where that of a run cannot be read.
+
+    Args:
+        run: The run.
+        source: What was named instead; None: nothing.
+        flag: By which it can be.
+    """
+    try:
+        yield
+    except DataError as error:
+        if source is not None:
+            raise
+        raise DataError(f"{error} (so says the config of {run}: name its data set by {flag} if it lies elsewhere)") from None
+
+
 def some_images(
     run: Path,
     network: Classifier,
@@ -251,7 +268,7 @@ def some_images(
     progress: Progress | None = None,
     **changes: Any,
 ) -> tuple[Tensor, str]:
-    """Some test images to try a network on, spread over its data set; noise where no data set is known.
+    """Some test images to try a network on, spread over its data set; noise where that is not known, or not here.
 
     Args:
         run: A run directory, or a file in one.
@@ -276,7 +293,13 @@ def some_images(
         if changes:
             raise
         return noise_images(network.input, count), f"{count} images of noise"
-    images = load_test(config, network.input, network.classes, progress)
+    try:
+        images = load_test(config, network.input, network.classes, progress)
+    except DataError:
+        if source is not None or changes:
+            raise
+        # a network is shipped from other places than it was trained in
+        return noise_images(network.input, count), f"{count} images of noise (the run's '{config.source}' cannot be read here)"
     chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
     return images.gather(chosen), f"{len(chosen)} test images of {config.source}"
 
@@ -306,5 +329,6 @@ def calibration_images(
         config = data_of(run, source, **changes)
     except ConfigError:
         raise ConfigError(f"{run}: no config.toml beside it tells the data set: name one with --calibrate") from None
-    images = load_train(config, network.input, _CALIBRATION_IMAGES, progress)
+    with own_data(run, source, "--calibrate"):
+        images = load_train(config, network.input, _CALIBRATION_IMAGES, progress)
     return images.gather(torch.arange(len(images))), f"{len(images)} train images of {config.source}"

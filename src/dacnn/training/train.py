@@ -239,6 +239,8 @@ def _train(config: Config, plan: Plan | None, module: nn.Module | None, run: Run
     splits = load_data(config.data, progress=listener.loading)
     listener.log(execution.describe())
     network = _network(plan, module, config, splits)
+    if isinstance(network, Adapted) and network.owner is None and config.network.share not in (None, "none"):
+        listener.log(f"share '{config.network.share}': no two layers can read one kernel, so nothing is shared")
     # what no file can hold is refused before an epoch is spent on it
     stored_once(network.state_dict())
     # training may leave something in a module that cannot be copied, such as activations

@@ -65,6 +65,13 @@ def footprint(source: CSource, target: Microcontroller) -> Footprint:
     return Footprint(target, text + data, data + bss)
 
 
+# what lowers each; what layers compute takes the same RAM whoever owns their kernels
+_REMEDIES = {
+    "flash": "for flash, share more, store kernels in fewer bytes (--dtype bfloat16 or int8), or make the network narrower",
+    "RAM": "for RAM, compute in integers (--dtype int8), take smaller images, or make the network narrower",
+}
+
+
 def check_budget(of: Footprint, flash_bytes: int | None, ram_bytes: int | None, where: str) -> None:
     """Refuse what does not fit.
 
@@ -77,10 +84,11 @@ def check_budget(of: Footprint, flash_bytes: int | None, ram_bytes: int | None, 
     Raises:
         DeployError: It does not fit.
     """
-    over = [
-        f"{needed:,} bytes of {kind}, {budget:,} are given"
+    over = {
+        kind: f"{needed:,} bytes of {kind}, {budget:,} are given"
         for kind, needed, budget in (("flash", of.flash_bytes, flash_bytes), ("RAM", of.ram_bytes, ram_bytes))
         if budget is not None and needed > budget
-    ]
+    }
     if over:
-        raise DeployError(f"{where}: on {of.target} it takes {' and '.join(over)}: share more, or make the network narrower")
+        remedies = "; ".join(_REMEDIES[kind] for kind in over)
+        raise DeployError(f"{where}: on {of.target} it takes {' and '.join(over.values())}: {remedies}")
