@@ -265,7 +265,7 @@ def export_table(done: Exported, compared_on: str, ranges_from: str | None = Non
 
 def bench_table(bench: Bench) -> RenderableType:
     """A contender a row, the shared network's first; then what was measured, where, and who could not run."""
-    headings = ["file kB", "memory MB"]
+    headings = ["file kB", "memory MB\n(copies)"]
     for batch in bench.batches:
         headings += [f"batch {batch}\nms", "\n±", "of\npeak"]
     table = _table(escape(f"{bench.network}: {bench.cpu}"), "", right=(*headings, "top-1", "error"))
@@ -287,7 +287,8 @@ def bench_table(bench: Bench) -> RenderableType:
 
 def _bench_figures(row: Row) -> list[str]:
     memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / 1e6:,.1f}"
-    cells = [f"{(row.file_bytes or 0) / 1e3:,.0f}", memory]
+    copies = "" if row.kernel_copies is None else f" ({row.kernel_copies})"
+    cells = [f"{(row.file_bytes or 0) / 1e3:,.0f}", memory + copies]
     for latency in row.latencies:
         spread = (latency.high_seconds - latency.low_seconds) / 2 / latency.seconds
         cells += [f"{1e3 * latency.seconds:,.2f}", f"{spread:.0%}", f"{latency.peak_share:.0%}"]

@@ -80,6 +80,8 @@ def test_the_command_measures_both_sides_and_draws_them(
     assert names == [(name, side) for side in ("shared", "twin") for name in ("dacnn-onnx", "onnxruntime-off")]
     for row in table["rows"]:
         assert row["failure"] is None and row["version"] and row["file_bytes"] > 1000 and row["memory_bytes"] > 0
+        # what ONNX Runtime does not optimise it does not copy; the twin's two layers have one each
+        assert row["kernel_copies"] == (2 if row["side"] == "twin" or row["name"] == "dacnn-onnx" else 1)
         # the twin computes what the shared network does: both are compared with the shared one, in float64
         assert row["top1_agreement"] == 1 and row["max_error"] < 1e-5
         assert [latency["batch"] for latency in row["latencies"]] == [1, 3]

@@ -1,5 +1,6 @@
 """The bench: all contenders run in turn, each in a process of its own."""
 
+import contextlib
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from dacnn.bench.results import Bench, Latency, Row
 from dacnn.bench.settings import Settings
 from dacnn.errors import ArtefactError
 from dacnn.measure.count import count
+from dacnn.measure.process import held_by
+from dacnn.measure.stored import StoredArray
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.network import Network
 from dacnn.training.precision import cpu_name
@@ -48,6 +51,7 @@ def run_bench(network: Classifier, images_nhwc: Tensor, source: str, settings: S
         preparation = Preparation(network, images_nhwc, settings, Path(folder), children)
         runners = preparation.run(bar)
         peak_macs_per_second = _take_turns(preparation, runners, bar)
+        _count_copies(network, preparation, runners, bar)
     macs = count(network).macs
     return Bench(
         network=network.plan.name if isinstance(network, Network) else type(getattr(network, "module", network)).__name__,
@@ -92,6 +96,26 @@ def _take_turns(preparation: Preparation, runners: Sequence[Runner], bar: Bar) -
                 tick(number * len(running) + index, rounds * len(running))
                 _take_turn(runner)
     return batch * peak.MACS_PER_IMAGE / statistics.median(seconds)
+
+
+def _count_copies(network: Classifier, preparation: Preparation, runners: Sequence[Runner], bar: Bar) -> None:
+    """Look for the kernel that most layers read in the memory of every contender, now that none is timed any more."""
+    if network.owner is None:
+        return
+    readers = network.owner.readers()
+    name = max(readers, key=lambda kernel: len(readers[kernel]))
+    values = network.owner[name].detach().float().numpy()
+    kernel = StoredArray((name,), "parameter", values, "float32", values.nbytes)
+    running = [runner for runner in runners if runner.child is not None]
+    with bar("copies in memory") as tick:
+        for done, runner in enumerate(running):
+            tick(done, len(running))
+            assert runner.child is not None
+            # where memory cannot be read, there is no such figure
+            with contextlib.suppress(ArtefactError):
+                runner.child.ask("settle", TIMEOUT_SECONDS)
+                (held,) = held_by(runner.child.process.pid, [kernel], preparation.files(runner.row))
+                runner.row = replace(runner.row, kernel_copies=held.count or None)
 
 
 def in_turn(runners: Sequence[_Some], number: int) -> Sequence[_Some]:

@@ -121,11 +121,16 @@ class Preparation:
         runner.seconds = {batch: [] for batch in self.settings.batches}
         runner.row = replace(
             runner.row,
-            file_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            file_bytes=sum(path.stat().st_size for path in self.files(runner.row)),
             memory_bytes=answer["memory_bytes"],
             top1_agreement=parity.top1_agreement,
             max_error=parity.max_error,
         )
+
+    def files(self, row: Row) -> list[Path]:
+        """What the contender of a row loads; nothing where it was not written."""
+        folder = self.written.get((row.contender.write, row.side))
+        return [path for path in folder.rglob("*") if path.is_file()] if isinstance(folder, Path) else []
 
     def start(self, name: str) -> Child:
         """Start a process that ends with the bench."""

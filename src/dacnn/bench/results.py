@@ -56,6 +56,8 @@ class Row:
         file_bytes: Of all files that it loads.
         memory_bytes: Private anonymous memory that loading and one run add to a fresh process; None where the system does
             not tell.
+        kernel_copies: How often the kernel that most layers of the shared network read is in the memory of that process; None
+            where it was not found in any known form, or cannot be looked for.
         top1_agreement: Share of the images whose first guess is the reference's.
         max_error: Largest difference of a logit from the reference's, over the reference's largest logit.
         latencies: One for each batch size.
@@ -67,6 +69,7 @@ class Row:
     failure: str | None = None
     file_bytes: int | None = None
     memory_bytes: int | None = None
+    kernel_copies: int | None = None
     top1_agreement: float | None = None
     max_error: float | None = None
     latencies: tuple[Latency, ...] = ()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dacnn.bench.contenders import Artefact, Loaded
 from dacnn.errors import ArtefactError
-from dacnn.measure.memory_added import read_memory_bytes
+from dacnn.measure.memory_added import give_back_memory, read_memory_bytes
 
 # N images, C channels, H rows, W columns
 
@@ -74,6 +74,11 @@ class Worker:
         after = _anonymous_bytes()
         return {"memory_bytes": None if before is None or after is None else after - before}
 
+    def settle(self) -> dict[str, Any]:
+        """Give back what is not in use, so that nothing is seen there."""
+        give_back_memory()
+        return {}
+
     def classify(self, out: str, batch: int) -> dict[str, Any]:
         """Write the logits of all images into a file."""
         starts = range(0, len(self.images), batch)
@@ -108,7 +113,8 @@ def main(connection: Connection) -> None:
     """
     worker = Worker()
     calls: dict[str, Callable[..., dict[str, Any]]]
-    calls = {"write": worker.write, "load": worker.load, "classify": worker.classify, "time": worker.time}
+    calls = {"write": worker.write, "load": worker.load, "settle": worker.settle}
+    calls |= {"classify": worker.classify, "time": worker.time}
     while True:
         try:
             message = json.loads(connection.recv_bytes())
