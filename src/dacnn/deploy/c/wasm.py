@@ -29,8 +29,8 @@ from dacnn.errors import DeployError
 
 # N images, H rows, W columns, C channels, K classes
 
-# every browser has its vectors of four floats, since 2021 (Safari: 2023); -O2 would save 5 % of the bytes and take int8 a quarter
-# of its speed
+# every browser has its vectors of four floats, since 2021 (Safari: 2023). -O2 would save 5 % of the bytes, and cost int8 a
+# quarter of its speed
 FLAGS = ("--target=wasm32-wasi", "-std=c99", "-O3", "-msimd128", "-nostdlib", "-Wl,--no-entry", "-Wl,--strip-all")
 _REMEDY = (
     "it compiles for WebAssembly: install clang, lld and a C library for it (on Debian: apt-get install clang lld wasi-libc), "
