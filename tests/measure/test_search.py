@@ -1,7 +1,9 @@
 """Kernels are found among any bytes: in every order, type, scale and place, by every back end of ours, and nowhere else."""
 
+import io
 import json
 import subprocess
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,50 @@ def test_scaled_channels_are_found_also_where_a_scale_is_negative(turned: bool) 
     (found,) = search(data, [kernel])
     assert found.start == 77
     assert found.difference.words == ("scaled per output channel",)
+
+
+@pytest.mark.parametrize("shape", [(32, 16, 3, 3), (64, 64, 1, 1)], ids=str)
+def test_where_outputs_lie_beside_each_other_a_few_negative_scales_hide_little(shape: tuple[int, ...]) -> None:
+    """Blocks of 8, as ONNX Runtime has them, one channel in sixteen scaled by a negative factor."""
+    order = next(order for order in orders_of(shape) if order.outputs == 8 and order.dimensions in {"OISio", "OSIo"})
+    found = 0
+    for seed in range(20):
+        kernel, draw = kernel_of(shape, seed), np.random.default_rng(100 + seed)
+        scales = draw.uniform(0.3, 3, (shape[0], 1, 1, 1)).astype(np.float32)
+        scales[draw.choice(shape[0], shape[0] // 16, replace=False)] *= -1
+        scaled = StoredArray(("scaled",), "", kernel.values * scales, "float32", 0)
+        found += len(search(np.concatenate([noise(96), laid(scaled.values, order.indices, "float32")]), [kernel]))
+    assert found >= 18
+
+
+def test_pruned_kernels_are_found() -> None:
+    kernel = kernel_of((32, 32, 3, 3))
+    kernel.values[np.abs(kernel.values) < np.median(np.abs(kernel.values))] = 0
+    for order in orders_of(kernel.values.shape):
+        data = np.concatenate([noise(33), laid(kernel.values, order.indices, "float32"), noise(9)])
+        assert [copy.start for copy in search(data, [kernel])] == [33], order
+
+
+def test_kernels_that_cannot_be_told_are_not_looked_for(tmp_path: Path) -> None:
+    positive = np.abs(kernel_of((16, 16, 3, 3)).values)
+    kernels = [StoredArray(("a",), "", values, "float32", 0) for values in (positive, np.ones((8, 8, 3, 3), np.float32))]
+    assert KernelSearch(kernels).looked_for == frozenset()
+    module = nn.ModuleDict({"a": nn.Conv2d(16, 16, 3, bias=False), "b": nn.Conv2d(16, 16, 3, bias=False)})
+    module["b"].weight.data.copy_(module["a"].weight.data)
+    (tmp_path / "model.bin").write_bytes(b"\0" * 7 + module["a"].weight.detach().numpy().tobytes())
+    # a reference's own copies are one kernel
+    assert counts(audit(tmp_path / "model.bin", against=module)) == {"a.weight": 1}
+
+
+@pytest.mark.parametrize("start", [b"\x80\x99", b"12345678{", b"TFL3"])
+def test_files_that_begin_like_others_or_end_in_a_zip_are_bytes(start: bytes, tmp_path: Path) -> None:
+    kernel = nn.Conv2d(16, 16, 3, bias=False)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr("labels.txt", "cat")
+    content = start + b"\0\xff" * 8 + kernel.weight.detach().numpy().tobytes() + packed.getvalue()
+    (tmp_path / "model.tflite").write_bytes(content)
+    assert counts(audit(tmp_path / "model.tflite", against=kernel)) == {"weight": 1}
 
 
 def test_kernels_are_found_across_the_borders_of_what_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,8 +114,8 @@ def _count_copies(network: Classifier, preparation: Preparation, runners: Sequen
             # where memory cannot be read, there is no such figure
             with contextlib.suppress(ArtefactError):
                 runner.child.ask("settle", TIMEOUT_SECONDS)
-                (held,) = held_by(runner.child.process.pid, [kernel], preparation.files(runner.row))
-                runner.row = replace(runner.row, kernel_copies=held.count or None)
+                for held in held_by(runner.child.process.pid, [kernel], preparation.files(runner.row)):
+                    runner.row = replace(runner.row, kernel_copies=held.count or None)
 
 
 def in_turn(runners: Sequence[_Some], number: int) -> Sequence[_Some]:

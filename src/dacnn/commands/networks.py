@@ -135,8 +135,9 @@ def plan(
     """
     from dacnn import tables
     from dacnn.measure.proposals import parse_bytes, propose_sharing
+    from dacnn.networks.zoo import DESIGNS
 
-    if Path(network).is_dir() or network.endswith(".safetensors"):
+    if network not in DESIGNS and (Path(network).is_dir() or network.endswith(".safetensors")):
         raise ConfigError(
             f"{network}: shares as it was trained to: plan takes a network of the zoo or FILE.py:factory; "
             "`dacnn show` tells who reads what in a run"

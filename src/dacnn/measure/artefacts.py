@@ -17,7 +17,7 @@ from dacnn.measure.tensors import read_module, read_pt, read_safetensors
 
 KNOWN = "a run directory, .safetensors, .pt, .pt2 or .onnx"
 # what hides its numbers, by how it begins
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd", b"\x7fUPX": "upx"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
 # of a file, to tell text by
 _BEGINNING = 4096
 
@@ -43,14 +43,17 @@ def format_of(path: Path) -> str:
         raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
     if not start:
         raise ArtefactError(f"{path}: is empty: expected {KNOWN}")
-    if zipfile.is_zipfile(path):
+    # zip files also begin behind others, such as TensorFlow Lite's metadata behind a model
+    if start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(path):
         return "pt2" if is_pt2(path) else "pt"
-    if start[8:9] == b"{" or path.suffix == ".safetensors":
+    # eight bytes say how long the header is, which is JSON
+    is_header = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+    if is_header or path.suffix == ".safetensors":
         return "safetensors"
     if path.suffix in {".onnx", ".pt2"}:
         return path.suffix[1:]
     # a pickle of protocol 2 or later, which torch.save wrote before it wrote zip files
-    if start[0] == 0x80 or path.suffix in {".pt", ".pth"}:
+    if (start[0] == 0x80 and start[1:2] in (b"\2", b"\3", b"\4", b"\5")) or path.suffix in {".pt", ".pth"}:
         return "pt"
     return "bytes"
 
@@ -71,8 +74,8 @@ def read_bytes(path: Path) -> NDArray[np.uint8]:
         with path.open("rb") as file:
             start = file.read(_BEGINNING)
         data: NDArray[np.uint8] = np.memmap(path, np.uint8, mode="r")
-    except OSError as error:
-        raise ArtefactError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
             raise ArtefactError(f"{path}: is compressed by {name}, where no kernel can be seen: unpack it first")

@@ -69,7 +69,7 @@ class Audit:
     Attributes:
         artefact: Its path, or the class of a module.
         format: `safetensors`, `pt`, `pt2`, `onnx` or `module`; `bytes` where nothing but the bytes is known.
-        kernels: Every kernel, in the order of the artefact.
+        kernels: Every kernel, in the order of the artefact; of `bytes`, in that of the reference.
         missing: Kernels of the reference that the artefact does not hold.
     """
 
@@ -166,14 +166,15 @@ def _kernels(
 
 
 def _searched(path: Path, references: tuple[StoredArray, ...]) -> tuple[Artefact, list[Group]]:
-    """A file of any kind by the reference's kernels that are found in its bytes."""
-    found = KernelSearch(references).find(read_bytes(path))
+    """A file of any kind by the reference's kernels that are found in its bytes; those that cannot be told are left out."""
+    search = KernelSearch(references)
+    found = search.find(read_bytes(path))
     groups = [
         Group(
             kernel,
             tuple((len(references) + place, copy.difference) for place, copy in enumerate(found) if copy.kernel == kernel),
         )
-        for kernel in range(len(references))
+        for kernel in sorted(search.looked_for)
     ]
     return Artefact(str(path), "bytes", "", tuple(copy.array for copy in found)), groups
 
@@ -212,6 +213,8 @@ def audit(artefact: str | Path | nn.Module, *, against: str | Path | nn.Module |
     references = read_artefact(against).arrays if against is not None else ()
     path = None if isinstance(artefact, nn.Module) else weights_path(Path(artefact))
     if path is not None and against is not None and format_of(path) == "bytes":
+        # each once, so that a copy is counted for one of them
+        references = tuple(references[group.first] for group in group_copies(references))
         examined, groups = _searched(path, references)
     else:
         examined = read_artefact(artefact)

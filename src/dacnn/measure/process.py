@@ -1,18 +1,22 @@
 """Which kernels another process holds in its memory, however it came by them."""
 
+import errno
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dacnn.errors import ArtefactError
-from dacnn.measure.search import KernelSearch
+from dacnn.measure.search import Found, KernelSearch
 from dacnn.measure.stored import StoredArray
 
 # regions of these sizes are reserved rather than used, and read as zeros for minutes
 _LARGEST = 8 << 30
+_AT_ONCE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,22 @@ def _regions(pid: int, files: Sequence[Path]) -> Iterator[tuple[int, int]]:
         yield last
 
 
+def _read(memory: int, start: int, end: int) -> NDArray[np.uint8]:
+    """A region, zeros where a page of it cannot be read: one that guards a stack, or is behind the end of a file."""
+    data = np.zeros(end - start, np.uint8)
+    place = 0
+    while place < len(data):
+        try:
+            # no more than two gigabytes are read at once, and less than was asked for in front of such a page
+            done = os.preadv(memory, [data[place : place + _AT_ONCE].data], start + place)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            done = 0
+        place += done or mmap.PAGESIZE
+    return data
+
+
 def held_by(pid: int, kernels: Sequence[StoredArray], files: Sequence[Path] = ()) -> tuple[Held, ...]:
     """Search the memory of a process for kernels.
 
@@ -63,20 +83,20 @@ def held_by(pid: int, kernels: Sequence[StoredArray], files: Sequence[Path] = ()
         files: Mapped files that count as memory, such as the artefact itself.
 
     Returns:
-        What was found, for each of the kernels.
+        What was found, for each of the kernels that can be told from other bytes.
 
     Raises:
         ArtefactError: The memory cannot be read.
     """
-    search, found = KernelSearch(kernels), []
+    search = KernelSearch(kernels)
+    found: list[Found] = []
     try:
         memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
         try:
             for start, end in _regions(pid, files):
                 if end - start > _LARGEST:
                     continue
-                data = os.pread(memory, end - start, start)
-                found += search.find(np.frombuffer(data, np.uint8), aligned=True)
+                found += search.find(_read(memory, start, end), aligned=True)
         finally:
             os.close(memory)
     except OSError as error:
@@ -89,5 +109,6 @@ def held_by(pid: int, kernels: Sequence[StoredArray], files: Sequence[Path] = ()
             sum(copy.array.nbytes for copy in each),
             tuple(dict.fromkeys(copy.difference.words for copy in each)),
         )
-        for kernel, each in zip(kernels, copies, strict=True)
+        for index, (kernel, each) in enumerate(zip(kernels, copies, strict=True))
+        if index in search.looked_for
     )

@@ -185,8 +185,10 @@ def artefact_copies(path: Path, against: Path | None = None) -> tuple[Held, ...]
     path = weights_path(path)
     arrays = read_artefact(against or path).arrays
     kernels = [arrays[group.first] for group in group_copies(arrays)]
+    # of an ONNX file, kernels may stand in files beside it
+    beside = [file for file in path.parent.iterdir() if file.is_file()] if format_of(path) == "onnx" else []
     with holding(_loader_of(path), path) as pid:
-        return held_by(pid, kernels, [path])
+        return held_by(pid, kernels, [path, *beside])
 
 
 def _is_ours(path: Path) -> bool:

@@ -21,13 +21,15 @@ from dacnn.measure.stored import StoredArray, is_trivial
 
 Bytes = NDArray[np.uint8]
 
-# signs that are looked up at once, and how often each must be among them: a row of equal signs is everywhere
-_WINDOW, _EACH_SIGN = 32, 8
+# signs that are looked up at once, how many of them must be of numbers, and how many of either kind: zeros and rows of equal
+# signs are everywhere
+_WINDOW, _SIGNS, _EACH_SIGN = 32, 16, 6
 _ALL = (1 << _WINDOW) - 1
-# places in a kernel from which a window is taken, and how many numbers are looked at for the best one
-_WINDOWS, _LOOKED_AT = 3, 16384
-# share of a channel's strong numbers whose signs must agree before a whole kernel is compared, and what is strong
-_AGREE, _STRONG = 0.9, 0.1
+# parts of a kernel from each of which a window is taken, and how many numbers are looked at for the best one: many parts, since
+# a window in which some channels have a negative scale and some have not is not found
+_WINDOWS, _LOOKED_AT = 12, 4096
+# share of a channel's signs that must agree before a whole kernel is compared, and how many are looked at
+_AGREE, _SAMPLED = 0.9, 256
 _TABLE_BITS = 17
 # of the bytes, at once
 _CHUNK = 1 << 20
@@ -61,12 +63,14 @@ class _Kernel:
     Attributes:
         index: Of the kernel.
         array: The kernel.
+        rows: How many output channels it has, of all kernels of a bank.
         numbers: All of it, shape (number of them,).
         strength: Magnitudes as shares of the largest of the output channel, likewise: what is weak loses its sign in rounding.
     """
 
     index: int
     array: StoredArray
+    rows: int
     numbers: NDArray[np.float32]
     strength: NDArray[np.float32]
 
@@ -78,15 +82,21 @@ class _Window:
     Attributes:
         kernel: The kernel.
         order: The order.
-        at: Which number of the order is its first.
+        length: Numbers of the order.
+        at: Which of them is its first.
         keys: Signs, the first number's lowest: as they are; those of the kernel's numbers turned, as by a negative scale; all
             turned, as where 128 stands for zero.
+        sample: Numbers of the order that are of one output channel, whose signs are all as they were or all turned.
+        negative: Which of them are below zero.
     """
 
     kernel: _Kernel
     order: Order
+    length: int
     at: int
     keys: tuple[int, int, int]
+    sample: NDArray[np.intp]
+    negative: NDArray[np.bool_]
 
 
 def _dimensions_of_rows(array: StoredArray) -> int:
@@ -98,29 +108,52 @@ def _prepared(index: int, array: StoredArray) -> _Kernel:
     rows = array.values.reshape(math.prod(array.values.shape[: _dimensions_of_rows(array)]), -1).astype(np.float32)
     largest = np.abs(rows).max(axis=1, keepdims=True)
     strength = np.divide(np.abs(rows), largest, out=np.zeros_like(rows), where=largest > 0)
-    return _Kernel(index, array, rows.ravel(), strength.ravel())
+    return _Kernel(index, array, len(rows), rows.ravel(), strength.ravel())
 
 
 def _windows(kernel: _Kernel) -> Iterator[_Window]:
-    """The windows by which a kernel is found, of every order: of what is looked at, those whose weakest number is strongest."""
+    """The windows by which a kernel is found, of every order.
+
+    Of each part those in one output channel come first, which a negative scale turns as a whole, then those whose weakest
+    number is strongest.
+    """
+    row = kernel.numbers.size // kernel.rows
     for order in orders_of(kernel.array.values.shape):
-        count = len(order.indices)
-        for first in {count * part // _WINDOWS for part in range(_WINDOWS)}:
-            indices = order.indices[first : min(first + _LOOKED_AT, count)]
-            if len(indices) < _WINDOW:
-                continue
-            is_number = indices >= 0
-            # what fills a block is zero, and known to be
-            weakest = _window_view(np.where(is_number, kernel.strength[indices], 1)).min(axis=1)
-            signs = _window_view(is_number & (kernel.numbers[indices] < 0))
-            # of the numbers alone: zeros and a few signs are everywhere
-            negative = np.count_nonzero(signs, axis=1)
-            positive = np.count_nonzero(_window_view(is_number), axis=1) - negative
-            is_mixed = (negative >= _EACH_SIGN) & (positive >= _EACH_SIGN)
-            best = int(np.where(is_mixed, weakest, 0).argmax())
-            if is_mixed[best] and weakest[best] > 0:
-                key, numbers = _as_bits(signs[best]), _as_bits(is_number[best : best + _WINDOW])
-                yield _Window(kernel, order, first + best, (key, key ^ numbers, key ^ _ALL))
+        indices = order.indices
+        count, channels = len(indices), indices // row
+        parts = min(_WINDOWS, max(count // _WINDOW, 1))
+        for part in range(parts):
+            first = count * part // parts
+            some = indices[first : min(first + _LOOKED_AT, count * (part + 1) // parts)]
+            if len(some) >= _WINDOW and (best := _best(kernel, some, row)) is not None:
+                at, keys = best
+                inside = channels[first + at : first + at + _WINDOW]
+                # some of it may fill a block, which is no channel's
+                sample = np.flatnonzero(channels == inside[inside >= 0][0])
+                # the stronger half: what is weak may have lost its sign in rounding
+                sample = sample[np.argsort(-kernel.strength[indices[sample]])][: min((len(sample) + 1) // 2, _SAMPLED)]
+                negative = kernel.numbers[indices[sample]] < 0
+                yield _Window(kernel, order, count, first + at, keys, sample, negative)
+
+
+def _best(kernel: _Kernel, indices: NDArray[np.int32], row: int) -> tuple[int, tuple[int, int, int]] | None:
+    """The best place for a window among some numbers of an order, and its keys; None where there is none."""
+    numbers = kernel.numbers[indices]
+    # what fills a block is zero and known to be, as is a kernel's own zero: neither has a sign to turn
+    has_sign = (indices >= 0) & (numbers != 0)
+    weakest = _window_view(np.where(has_sign, kernel.strength[indices], 1)).min(axis=1)
+    signs = _window_view(has_sign & (numbers < 0))
+    # of the numbers alone: zeros and a few signs are everywhere
+    negative = np.count_nonzero(signs, axis=1)
+    positive = np.count_nonzero(_window_view(has_sign), axis=1) - negative
+    is_mixed = (negative >= _EACH_SIGN) & (positive >= _EACH_SIGN) & (negative + positive >= _SIGNS)
+    channels = _window_view(indices // row)
+    in_one = channels.min(axis=1) == channels.max(axis=1)
+    best = int(np.where(is_mixed, weakest + in_one, -1).argmax())
+    if not is_mixed[best]:
+        return None
+    key, with_sign = _as_bits(signs[best]), _as_bits(has_sign[best : best + _WINDOW])
+    return best, (key, key ^ with_sign, key ^ _ALL)
 
 
 def _window_view(values: NDArray[Any]) -> NDArray[Any]:
@@ -190,16 +223,12 @@ def _numbers(data: Bytes, dtype: str) -> NDArray[np.float32]:
 
 def _read(data: Bytes, start: int, window: _Window, size: int) -> Found | None:
     """The copy of a window's kernel that begins at a byte, if one does."""
+    turned = np.count_nonzero(data[start + window.sample * size + size - 1] >> 7 != window.negative)
+    if min(turned, len(window.sample) - turned) > (1 - _AGREE) * len(window.sample):
+        return None
     kernel, indices = window.kernel, window.order.indices
     end = start + len(indices) * size
     filled = indices >= 0
-    # one channel of outputs, whose signs are all as they were or all turned; not where its numbers are few
-    row = math.prod(kernel.array.values.shape[_dimensions_of_rows(kernel.array) :])
-    one = np.flatnonzero(indices // row == indices[window.at] // row)
-    one = one[kernel.strength[indices[one]] > _STRONG]
-    turned = np.count_nonzero(data[start + one * size + size - 1] >> 7 != (kernel.numbers[indices[one]] < 0))
-    if min(turned, len(one) - turned) > (1 - _AGREE) * len(one):
-        return None
     block = np.array(data[start:end])
     for dtype in _TYPES[size]:
         values = np.empty(kernel.array.values.size, np.float32)
@@ -247,7 +276,11 @@ def _with(difference: Difference, words: str, layout: bool = False) -> Differenc
 
 
 class KernelSearch:
-    """Looks for some kernels among bytes."""
+    """Looks for some kernels among bytes.
+
+    Attributes:
+        looked_for: Indices of those that can be told from other bytes; others say nothing of their own, or hold few signs.
+    """
 
     def __init__(self, kernels: Sequence[StoredArray]) -> None:
         """Choose what to look up.
@@ -257,7 +290,9 @@ class KernelSearch:
                 nothing of its own, such as an identity, is not looked for.
         """
         prepared = [_prepared(index, array) for index, array in enumerate(kernels) if not is_trivial(array.values)]
-        self._index = _Index([window for kernel in prepared for window in _windows(kernel)])
+        windows = [window for kernel in prepared for window in _windows(kernel)]
+        self._index = _Index(windows)
+        self.looked_for = frozenset(window.kernel.index for window in windows)
 
     def find(self, data: Bytes, aligned: bool = False) -> list[Found]:
         """Find every copy.
@@ -272,21 +307,25 @@ class KernelSearch:
         found: list[Found] = []
         for size in _TYPES:
             step = size if aligned else 1
-            tried: set[tuple[int, int, int]] = set()
+            tried: set[tuple[int, Order, int]] = set()
             for first in range(0, len(data), _CHUNK):
                 chunk = np.asarray(data[first : first + _CHUNK + size * _WINDOW - 1])
                 if len(chunk) < size * _WINDOW:
                     break
+                if not chunk.any():
+                    continue
                 for place, window in self._index.found(_keys(chunk, size, step)):
                     start = first + place * step - window.at * size
-                    fits = 0 <= start <= len(data) - len(window.order.indices) * size
-                    key = (window.kernel.index, id(window.order), start)
-                    if fits and key not in tried:
-                        tried.add(key)
-                        if (copy := _read(data, start, window, size)) is not None and not _overlaps(copy, found):
-                            found.append(copy)
+                    end = start + window.length * size
+                    key = (window.kernel.index, window.order, start)
+                    if start < 0 or end > len(data) or key in tried:
+                        continue
+                    tried.add(key)
+                    # most are other places of a copy that is found already
+                    if not _overlaps(window.kernel.index, start, end, found) and (copy := _read(data, start, window, size)):
+                        found.append(copy)
         return sorted(found, key=lambda copy: copy.start)
 
 
-def _overlaps(copy: Found, found: Sequence[Found]) -> bool:
-    return any(copy.kernel == other.kernel and copy.start < other.end and other.start < copy.end for other in found)
+def _overlaps(kernel: int, start: int, end: int, found: Sequence[Found]) -> bool:
+    return any(kernel == other.kernel and start < other.end and other.start < end for other in found)

@@ -14,6 +14,7 @@ from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from dacnn.errors import PlanError
 from dacnn.sharing.remake import evaluated
@@ -240,9 +241,10 @@ class Anchors(nn.Module):
         Returns:
             Shape (O, I, ...).
         """
-        # an owner is never called: what makes a kernel before a call, as torch.nn.utils.prune does, makes it before it is read
+        # an owner is never called: what would make a kernel before a call makes it before it is read
         for hook in tuple(self._forward_pre_hooks.values()):
-            hook(self, ())
+            if isinstance(hook, BasePruningMethod):
+                hook(self, ())
         expression = self.expressions[reader]
         stored = self[expression.anchor]
         if self.is_stored(reader):

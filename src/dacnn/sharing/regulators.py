@@ -147,6 +147,20 @@ def regulator_kind(regulator: nn.Module) -> tuple[str, int | None]:
 
     Returns:
         What it was made from.
+
+    Raises:
+        PlanError: It was made by something else, and is of no kind of this library.
     """
-    made_from: tuple[str, int | None] = regulator.__dict__[_MADE_FROM]
-    return made_from
+    made_from: tuple[str, int | None] | None = regulator.__dict__.get(_MADE_FROM)
+    if made_from is not None:
+        return made_from
+    # one that was put in by hand, or pickled by an earlier version
+    if isinstance(regulator, LowRank):
+        return "low-rank", regulator.down.out_channels
+    kinds = {Pointwise: "pointwise", Depthwise: "depthwise", ChannelShift: "shift"}
+    if type(regulator) not in kinds:
+        raise PlanError(
+            f"regulator {type(regulator).__name__} has no name that a file could tell it by: enter its class in "
+            "dacnn.sharing.regulators.REGULATORS, and make it by that name"
+        )
+    return kinds[type(regulator)], None

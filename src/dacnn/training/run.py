@@ -26,7 +26,7 @@ from dacnn.config import Config, DataConfig, read_config
 from dacnn.data.imageset import Progress
 from dacnn.data.sources import load_test, load_train
 from dacnn.deploy.parity import noise_images
-from dacnn.errors import CheckpointError, ConfigError, DataError, PlanError
+from dacnn.errors import CheckpointError, ConfigError, DataError, PlanError, UnknownNameError
 from dacnn.networks.classifier import Classifier
 from dacnn.networks.plan import Plan
 from dacnn.training.loop import EpochRecord, Loop
@@ -254,7 +254,7 @@ def own_data(run: Path, source: str | None, flag: str) -> Iterator[None]:
     """
     try:
         yield
-    except DataError as error:
+    except (DataError, UnknownNameError) as error:
         if source is not None:
             raise
         raise DataError(f"{error} (so says the config of {run}: name its data set by {flag} if it lies elsewhere)") from None
@@ -295,11 +295,11 @@ def some_images(
         return noise_images(network.input, count), f"{count} images of noise"
     try:
         images = load_test(config, network.input, network.classes, progress)
-    except DataError:
+    except (DataError, UnknownNameError) as error:
         if source is not None or changes:
             raise
         # a network is shipped from other places than it was trained in
-        return noise_images(network.input, count), f"{count} images of noise (the run's '{config.source}' cannot be read here)"
+        return noise_images(network.input, count), f"{count} images of noise (those of the run cannot be read here: {error})"
     chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
     return images.gather(chosen), f"{len(chosen)} test images of {config.source}"
 
