@@ -113,8 +113,13 @@ def main(connection: Connection) -> None:
     """
     worker = Worker()
     calls: dict[str, Callable[..., dict[str, Any]]]
-    calls = {"write": worker.write, "load": worker.load, "settle": worker.settle}
-    calls |= {"classify": worker.classify, "time": worker.time}
+    calls = {
+        "write": worker.write,
+        "load": worker.load,
+        "classify": worker.classify,
+        "time": worker.time,
+        "settle": worker.settle,
+    }
     while True:
         try:
             message = json.loads(connection.recv_bytes())

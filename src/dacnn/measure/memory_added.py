@@ -62,6 +62,17 @@ def give_back_memory() -> None:
         trim(0)
 
 
+def _command(loader: str, path: Path, *more: str) -> list[str]:
+    """The words that start a fresh process."""
+    return [sys.executable, "-W", "ignore", "-m", __name__, loader, str(path), *more]
+
+
+def _function(loader: str) -> Loader:
+    module, _, name = loader.partition(":")
+    found: Loader = getattr(importlib.import_module(module), name)
+    return found
+
+
 def memory_added(loader: str, path: Path) -> MemoryAdded:
     """Load an artefact in a fresh process and measure what that adds to it.
 
@@ -79,8 +90,7 @@ def memory_added(loader: str, path: Path) -> MemoryAdded:
         ArtefactError: This is not Linux, or the artefact cannot be loaded.
     """
     read_memory_bytes()
-    command = [sys.executable, "-W", "ignore", "-m", __name__, loader, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(_command(loader, path), capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
@@ -105,13 +115,17 @@ def holding(loader: str, path: Path) -> Iterator[int]:
         ArtefactError: This is not Linux, or the artefact cannot be loaded.
     """
     read_memory_bytes()
-    command = [sys.executable, "-W", "ignore", "-m", __name__, loader, str(path), _HOLD]
     # of the GNU C library: bytes that are written over what is freed
     environment = os.environ | {"MALLOC_PERTURB_": "165"}
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            _command(loader, path, _HOLD),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
         ) as process,
     ):
         try:
@@ -127,9 +141,7 @@ def holding(loader: str, path: Path) -> Iterator[int]:
 
 def _hold(loader: str, path: Path) -> None:
     """What that process does."""
-    module, _, name = loader.partition(":")
-    load: Loader = getattr(importlib.import_module(module), name)
-    held = load(path)
+    held = _function(loader)(path)
     give_back_memory()
     print(_HOLD, flush=True)
     sys.stdin.read()
@@ -138,8 +150,7 @@ def _hold(loader: str, path: Path) -> None:
 
 def _measure(loader: str, path: Path) -> None:
     """What the fresh process does: print one JSON line."""
-    module, _, name = loader.partition(":")
-    load: Loader = getattr(importlib.import_module(module), name)
+    load = _function(loader)
     load(None)
     gc.collect()
     before = read_memory_bytes()
