@@ -179,6 +179,9 @@ def audit_table(audit: Audit, memory: MemoryAdded | None, held: Sequence[Held] =
     if audit.format == "bytes":
         missing = "missing: {} was not found among the bytes; it may be compressed, transformed or in an unknown order"
     parts += [Text(missing.format(name)) for name in audit.missing]
+    if audit.unsearched:
+        names = ", ".join(audit.unsearched)
+        parts.append(Text(f"not looked for: {names}; they hold hardly two signs, and cannot be told from other bytes"))
     parts += [Text(f"{hazard.name}: {hazard.what} {hazard.remedy}") for hazard in audit.hazards]
     if audit.single:
         parts.append("Every kernel is stored once.")

@@ -23,6 +23,7 @@ from dacnn.deploy.c.integer_source import to_c_int8
 from dacnn.deploy.c.source import to_c
 from dacnn.deploy.c.wasm import build_wasm
 from dacnn.deploy.lower import lower
+from dacnn.errors import ArtefactError
 from dacnn.measure import search as searching
 from dacnn.measure.audit import Audit, audit
 from dacnn.measure.orders import orders_of
@@ -119,6 +120,13 @@ def test_kernels_that_cannot_be_told_are_not_looked_for(tmp_path: Path) -> None:
     positive = np.abs(kernel_of((16, 16, 3, 3)).values)
     kernels = [StoredArray(("a",), "", values, "float32", 0) for values in (positive, np.ones((8, 8, 3, 3), np.float32))]
     assert KernelSearch(kernels).looked_for == frozenset()
+    kept = nn.ModuleDict({"told": nn.Conv2d(16, 16, 3, bias=False), "positive": nn.Conv2d(16, 16, 3, bias=False)})
+    kept["positive"].weight.data.abs_()
+    (tmp_path / "both.bin").write_bytes(b"\0" + b"".join(part.weight.detach().numpy().tobytes() for part in kept.values()))
+    found = audit(tmp_path / "both.bin", against=kept)
+    assert (counts(found), found.unsearched, found.missing) == ({"told.weight": 1}, ("positive.weight",), ())
+    with pytest.raises(ArtefactError, match="no kernel of the reference can be told"):
+        audit(tmp_path / "both.bin", against=kept["positive"])
     module = nn.ModuleDict({"a": nn.Conv2d(16, 16, 3, bias=False), "b": nn.Conv2d(16, 16, 3, bias=False)})
     module["b"].weight.data.copy_(module["a"].weight.data)
     (tmp_path / "model.bin").write_bytes(b"\0" * 7 + module["a"].weight.detach().numpy().tobytes())

@@ -131,16 +131,25 @@ def audit(
     from dacnn.measure.audit import audit as audit_artefact
     from dacnn.measure.process import Held
     from dacnn.measure.runtimes import artefact_copies, artefact_memory
+    from dacnn.progress import bar
 
-    found = audit_artefact(artefact, against=against)
-    added = artefact_memory(artefact) if memory else None
-    held: tuple[Held, ...] = ()
-    if memory:
-        try:
-            held = artefact_copies(artefact, against)
-        except ArtefactError as error:
-            # the bytes that were added are known all the same
-            print(f"dacnn: copies in memory are not counted: {error}", file=sys.stderr)
+    with bar("auditing") as tick:
+        steps = 3 if memory else 1
+        tick(0, steps)
+        found = audit_artefact(artefact, against=against)
+        tick(1, steps)
+        added = artefact_memory(artefact) if memory else None
+        tick(2, steps)
+        held: tuple[Held, ...] = ()
+        uncounted: ArtefactError | None = None
+        if memory:
+            try:
+                held = artefact_copies(artefact, against)
+            except ArtefactError as error:
+                # the bytes that were added are known all the same
+                uncounted = error
+    if uncounted is not None:
+        print(f"dacnn: copies in memory are not counted: {uncounted}", file=sys.stderr)
     if json:
         in_memory = {**dataclasses.asdict(added), "kernels": [dataclasses.asdict(kernel) for kernel in held]} if added else None
         tables.show_json({**found.to_table(), **({"memory": in_memory} if in_memory else {})})

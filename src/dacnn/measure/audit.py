@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from dacnn.checkpoint import weights_path
+from dacnn.errors import ArtefactError
 from dacnn.measure.artefacts import format_of, read_artefact, read_bytes
 from dacnn.measure.copies import Difference, Group, group_copies
 from dacnn.measure.hazards import HAZARDS, Hazard, hazard_of
@@ -71,12 +72,15 @@ class Audit:
         format: `safetensors`, `pt`, `pt2`, `onnx` or `module`; `bytes` where nothing but the bytes is known.
         kernels: Every kernel, in the order of the artefact; of `bytes`, in that of the reference.
         missing: Kernels of the reference that the artefact does not hold.
+        unsearched: Of `bytes`, kernels of the reference that cannot be told from other bytes, since they hold hardly two signs:
+            nothing is said of them.
     """
 
     artefact: str
     format: str
     kernels: tuple[Kernel, ...]
     missing: tuple[str, ...]
+    unsearched: tuple[str, ...] = ()
 
     @property
     def single(self) -> bool:
@@ -118,6 +122,7 @@ class Audit:
                 for kernel in self.kernels
             ],
             "missing": list(self.missing),
+            "unsearched": list(self.unsearched),
             "hazards": [asdict(hazard) for hazard in self.hazards],
         }
 
@@ -166,8 +171,10 @@ def _kernels(
 
 
 def _searched(path: Path, references: tuple[StoredArray, ...]) -> tuple[Artefact, list[Group]]:
-    """A file of any kind by the reference's kernels that are found in its bytes; those that cannot be told are left out."""
+    """A file of any kind by the reference's kernels that are found in its bytes; those that cannot be told have no group."""
     search = KernelSearch(references)
+    if not search.looked_for:
+        raise ArtefactError(f"{path}: no kernel of the reference can be told from other bytes: expected one that was trained")
     found = search.find(read_bytes(path))
     groups = [
         Group(
@@ -219,5 +226,13 @@ def audit(artefact: str | Path | nn.Module, *, against: str | Path | nn.Module |
     else:
         examined = read_artefact(artefact)
         groups = group_copies((*references, *examined.arrays), len(references))
+    grouped = {group.first for group in groups}
+    unsearched = (array.name for index, array in enumerate(references) if index not in grouped and not is_trivial(array.values))
     kernels, missing = _kernels(examined, references, groups)
-    return Audit(examined.label, examined.format, tuple(kernels), tuple(missing))
+    return Audit(
+        examined.label,
+        examined.format,
+        tuple(kernels),
+        tuple(missing),
+        tuple(unsearched) if examined.format == "bytes" else (),
+    )
