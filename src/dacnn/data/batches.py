@@ -20,7 +20,7 @@ _BATCHES_AHEAD = 4
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The random numbers that augment one batch, on the CPU; `draws[start:stop]` are those of a part of it.
+    """The random numbers that augment one batch; `draws[start:stop]` are those of a part of it.
 
     Attributes:
         shift_y: Rows by which the window moves down, int64, shape (B,).
@@ -47,6 +47,17 @@ class Draws:
         return Draws(
             self.shift_y[part], self.shift_x[part], self.mirror[part], self.hole_y[part], self.hole_x[part], cutout=self.cutout
         )
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same numbers on a device; a GPU gets them in one piece and is not waited for."""
+        if device == self.mirror.device:
+            return self
+        numbers = torch.stack((self.shift_y, self.shift_x, self.mirror.long(), self.hole_y, self.hole_x))
+        if device.type == "cuda":
+            # from other memory a transfer waits for all that the GPU has still to do
+            numbers = numbers.pin_memory()
+        shift_y, shift_x, mirror, hole_y, hole_x = numbers.to(device, non_blocking=True)
+        return Draws(shift_y, shift_x, mirror.bool(), hole_y, hole_x, cutout=self.cutout)
 
 
 def draw(count: int, height: int, width: int, *, crop: int, flip: bool, cutout: int, generator: torch.Generator) -> Draws:
@@ -96,7 +107,8 @@ def apply(images_nhwc: Tensor, draws: Draws, fill: Tensor | None = None) -> Tens
     """
     count, height, width, channels = images_nhwc.shape
     device = images_nhwc.device
-    shift_y, shift_x, mirror = (tensor.to(device)[:, None] for tensor in (draws.shift_y, draws.shift_x, draws.mirror))
+    draws = draws.to(device)
+    shift_y, shift_x, mirror = draws.shift_y[:, None], draws.shift_x[:, None], draws.mirror[:, None]
     rows = _reflect(torch.arange(height, device=device) + shift_y, height)
     columns = _reflect(torch.arange(width, device=device) + shift_x, width)
     columns = torch.where(mirror, width - 1 - columns, columns)
@@ -141,7 +153,7 @@ def _blanked(images_nhwc: Tensor, draws: Draws, fill: Tensor | None) -> Tensor:
     device = images_nhwc.device
 
     def covered(centre: Tensor, length: int) -> Tensor:
-        offset = torch.arange(length, device=device) - (centre.to(device)[:, None] - draws.cutout // 2)
+        offset = torch.arange(length, device=device) - (centre[:, None] - draws.cutout // 2)
         return (offset >= 0) & (offset < draws.cutout)
 
     hole = covered(draws.hole_y, height)[:, :, None] & covered(draws.hole_x, width)[:, None, :]

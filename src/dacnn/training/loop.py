@@ -102,9 +102,9 @@ class Loop:
         self.statistics = RunningStatistics(network if config.quantize == "no" else nn.Identity())
         self.quantized = self._quantize()
         model = accelerator.prepare_model(self.quantized or network)
-        self.model: nn.Module = torch.compile(model) if execution.compiled else model  # type: ignore[assignment]
+        self.model: nn.Module = self._compile(model) if execution.compiled else model
         # the colour that becomes 0 when it is normalised
-        self.fill = torch.tensor([round(255 * mean) for mean in splits.input.mean], dtype=torch.uint8)
+        self.fill = torch.tensor([round(255 * mean) for mean in splits.input.mean], dtype=torch.uint8, device=self.device)
         self.epoch = 0
         self.step = 0
         self.best_top1 = -1.0
@@ -129,6 +129,13 @@ class Loop:
             return None
         assert isinstance(self.network, Classifier)
         return Quantized(self.network.eval())
+
+    def _compile(self, model: nn.Module) -> nn.Module:
+        """Compile it; on a GPU its passes are recorded too: to launch hundreds of kernels takes as long as to run them."""
+        # a gradient that is added to must not lie in what the next pass is replayed over
+        recorded = self.device.type == "cuda" and self.config.accumulate == self.accelerator.num_processes == 1
+        compiled: nn.Module = torch.compile(model, mode="reduce-overhead" if recorded else "default")  # type: ignore[assignment]
+        return compiled
 
     def _calibrate(self) -> None:
         """Find the ranges anew: they move from epoch to epoch, and stay those of the last one."""
@@ -170,6 +177,9 @@ class Loop:
         """This process's images and labels of every step that is left of the epoch."""
         order = torch.randperm(len(self.splits.train), generator=self._generator(self.epoch))
         indices = order[: self.steps * self.images_per_step].view(self.steps, -1)[self.step :, self._rank_slice()]
+        if isinstance(self.train, MemoryImages):
+            # all at once, since a GPU is waited for each time
+            indices = indices.to(self.device)
         return ahead(self.train, indices, self.device)
 
     def train_epoch(self) -> Iterator[int]:
