@@ -130,6 +130,7 @@ ORDER = [
     "training.precision",
     "deploy.packing.onednn",
     "deploy.packing.chains",
+    "deploy.packing.fused",
     "deploy.packing.arithmetic",
     "deploy.packing.cuda_graphs",
     "deploy.packing.steps",

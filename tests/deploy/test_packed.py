@@ -17,7 +17,7 @@ import foreign
 from c_networks import with_rounded_kernels
 from dacnn.deploy import packed
 from dacnn.deploy.lower import lower
-from dacnn.deploy.packing import arithmetic, onednn
+from dacnn.deploy.packing import arithmetic, fused, onednn
 from dacnn.deploy.packing.arithmetic import factor_and_addend
 from dacnn.deploy.packing.compiled import compiled, seconds_of
 from dacnn.deploy.program import (
@@ -153,18 +153,43 @@ CASES: dict[str, tuple[Operation, ...]] = {
         Activate("r", "z"),
     ),
     "linear without shift": (GlobalAverage("a", "x"), Flatten("f", "a"), Linear("l", "f", StoredKernel("square"))),
+    "halved": (CONVOLVED, ScaleShift("z", "y", "s", "t"), Activate("r", "z"), MaxPool("p", "r", (2, 2), (2, 2))),
+    "halved without ReLU": (CONVOLVED, ScaleShift("z", "y", "s", "t"), MaxPool("p", "z", (2, 2), (2, 2))),
+    "halved without shift": (CONVOLVED, ScaleShift("z", "y", "s", None), Activate("r", "z"), MaxPool("p", "r", (2, 2), (2, 2))),
+    "halved, seven pixels": (
+        Convolve("y", "x", StoredKernel("k"), padding=(0, 0, 1, 1)),
+        ScaleShift("z", "y", None, "t"),
+        Activate("r", "z"),
+        MaxPool("p", "r", (2, 2), (2, 2)),
+    ),
+    "halved and read before": (
+        CONVOLVED,
+        ScaleShift("z", "y", "s", "t"),
+        Activate("r", "z"),
+        MaxPool("p", "r", (2, 2), (2, 2)),
+        GlobalAverage("a", "p"),
+        GlobalAverage("b", "r"),
+        Add("w", "a", "b"),
+    ),
     "a value read twice": (CONVOLVED, ScaleShift("z", "y", "s", "t"), Activate("r", "z"), Add("w", "z", "r")),
     "clip": (Activate("y", "x", "clip", 0.0, 1.0),),
     "clip above": (CONVOLVED, Activate("z", "y", "clip", high=0.5)),
 } | {kind: (CONVOLVED, Activate("z", "y", kind)) for kind in ("sigmoid", "silu", "hardsigmoid", "hardswish", "gelu", "tanh")}  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["onednn", "plain"])
-@pytest.mark.parametrize("name", CASES)
-def test_every_step_gives_what_the_interpreter_gives(name: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if plain:
-        # what runs on a GPU, and on a CPU for which PyTorch has no oneDNN
+def take(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go the way of oneDNN, of a CPU for which PyTorch has none, or of a GPU, but for what Triton makes of its passes."""
+    if path != "onednn":
         monkeypatch.setattr(onednn, "is_available", lambda: False)
+    if path == "gpu":
+        monkeypatch.setattr(fused, "is_available", lambda device: True)
+        monkeypatch.setattr(fused, "_compiled", lambda function: function)
+
+
+@pytest.mark.parametrize("path", ["onednn", "plain", "gpu"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_step_gives_what_the_interpreter_gives(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(path, monkeypatch)
     steps = CASES[name]
     program = program_of(*steps, result=steps[-1].out)
     ready = dacnn.pack(program, device="cpu")
@@ -173,11 +198,10 @@ def test_every_step_gives_what_the_interpreter_gives(name: str, plain: bool, mon
 
 
 @pytest.mark.skipif(not packed.has_bfloat16_units("cpu"), reason="this CPU has no units for bfloat16")
-@pytest.mark.parametrize("plain", [False, True], ids=["onednn", "plain"])
+@pytest.mark.parametrize("path", ["onednn", "plain", "gpu"])
 @pytest.mark.parametrize("name", CASES)
-def test_every_step_runs_in_bfloat16(name: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if plain:
-        monkeypatch.setattr(onednn, "is_available", lambda: False)
+def test_every_step_runs_in_bfloat16(name: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(path, monkeypatch)
     steps = CASES[name]
     program = program_of(*steps, result=steps[-1].out)
     # 8 bits of precision in images, kernels and scales
@@ -423,10 +447,14 @@ def test_a_gpu_that_is_not_there_is_refused(small: Program) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_gpu_gives_what_the_program_says(small: Program) -> None:
-    ready = dacnn.pack(small, device="cuda")
+# of PyTorch's own, as it compiles
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", TOLERANCE), ("bfloat16", 2e-2)])
+def test_a_gpu_gives_what_the_program_says(small: Program, dtype: Any, tolerance: float) -> None:
+    ready = dacnn.pack(small, device="cuda", dtype=dtype)
+    # the second time by the graph that was recorded the first time
     for count in (1, 3, 1):
-        assert error_of(ready(images_of(count, 32, 32)).cpu(), small, images_of(count, 32, 32)) < 1e-2
+        assert error_of(ready(images_of(count, 32, 32)).cpu(), small, images_of(count, 32, 32)) < tolerance
 
 
 def test_a_program_with_loops_is_refused() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dacnn.deploy.fusion import Stored, Task, tasks
 from dacnn.deploy.packing import onednn
-from dacnn.deploy.packing.arithmetic import Call, Held, call_of
+from dacnn.deploy.packing.arithmetic import Call, Held, PlainConvolution, call_of, is_halving
 from dacnn.deploy.packing.chains import Chain, Convolution, MaxPooling, is_interpreted
 from dacnn.deploy.packing.cuda_graphs import Graphs
 from dacnn.deploy.program import IMAGES, Convolve, KernelStep, Program, StoredKernel, references
@@ -102,20 +102,26 @@ def _chained(
     tasks: Sequence[Task], made: Sequence[Call | Convolution]
 ) -> list[tuple[Call | Chain, tuple[str, ...], tuple[str, ...], str]]:
     """Calls, neighbours joined that can be; each with the values that it takes, those that are spent, and what it gives."""
+
+    def follows(index: int) -> bool:
+        """Whether a task alone takes what the one before it gives."""
+        return index < len(tasks) and tasks[index].values == tasks[index].spent == (tasks[index - 1].step.out,)
+
     calls: list[tuple[Call | Chain, tuple[str, ...], tuple[str, ...], str]] = []
     begin = 0
     while begin < len(tasks):
         end = begin + 1
-        call: Call | Chain
         first = made[begin]
+        call: Call | Chain
         if isinstance(first, Convolution):
             links: list[Convolution | MaxPooling] = [first]
-            while end < len(tasks) and isinstance(link := made[end], Convolution | MaxPooling):
-                if tasks[end].values != tasks[end].spent or tasks[end].values != (tasks[end - 1].step.out,):
-                    break
+            while follows(end) and isinstance(link := made[end], Convolution | MaxPooling):
                 links.append(link)
                 end += 1
             call = Chain(links)
+        elif isinstance(first, PlainConvolution) and follows(end) and is_halving(made[end]):
+            call = dataclasses.replace(first, halves=True)
+            end += 1
         else:
             call = first
         calls.append((call, tasks[begin].values, tasks[begin].spent, tasks[end - 1].step.out))
