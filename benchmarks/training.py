@@ -2,7 +2,8 @@
 
 The plain side: float32, NCHW, a `DataLoader` that transforms image by image (pad, crop, flip, normalise). This side:
 `dacnn.training.loop.Loop` with everything on `auto`. The two run in turn, each in a process of its own, so that the
-peak of its memory is its own; medians of the runs are compared.
+peak of its memory is its own; medians of the runs are compared. On a CPU every step is timed, and the median counts; a GPU is
+not waited for between the steps, as it is not in a training, and the mean counts.
 
     python benchmarks/training.py --width 128 --batch-size 256
 """
@@ -83,7 +84,8 @@ def plain_steps(network: Network, images: Tensor, labels: Tensor, batch_size: in
 def run_side(side: str, width: int, batch_size: int, steps: int, precision: Precision) -> dict[str, Any]:
     """Measure one side in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    warm_up = 2
+    # a GPU's passes are compiled, then recorded
+    warm_up = 5 if device == "cuda" else 2
     images, labels = random_images((steps + warm_up) * batch_size)
     network = dacnn.create("dacnn14", width=width, seed=0)
     result: dict[str, Any] = {}
@@ -98,13 +100,15 @@ def run_side(side: str, width: int, batch_size: int, steps: int, precision: Prec
         stepper = loop.train_epoch()
         result["execution"] = execution.describe()
     times = []
-    for index, _ in enumerate(stepper):
-        if device == "cuda":
+    for index, _ in enumerate(stepper, 1 - warm_up):
+        if device == "cuda" and index in (0, steps):
             torch.cuda.synchronize()
-        times.append(time.perf_counter())
-        if index < warm_up:
-            times = times[-1:]
-    seconds_per_step = statistics.median(after - before for before, after in itertools.pairwise(times))
+        if index >= 0:
+            times.append(time.perf_counter())
+    if device == "cuda":
+        seconds_per_step = (times[-1] - times[0]) / steps
+    else:
+        seconds_per_step = statistics.median(after - before for before, after in itertools.pairwise(times))
     if side == "dacnn":
         result["input_share"] = input_seconds(loop) / seconds_per_step
     # workers of a DataLoader are processes of their own and are not counted
@@ -129,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of a run")
+    parser.add_argument("--steps", type=int, default=200 if torch.cuda.is_available() else 8, help="timed steps of a run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turn")
     parser.add_argument("--precision", choices=typing.get_args(Precision), default="auto", help="of this library's side")
     parser.add_argument("--json", action="store_true")

@@ -92,6 +92,14 @@ def test_the_benchmark_of_packed_networks_compares_both_sides() -> None:
     assert set(table["memory"]) == {"onnxruntime", "float32", "c"}
 
 
+def test_the_benchmark_of_packed_networks_on_a_gpu_compares_every_way() -> None:
+    # compiled ways take a minute to compile
+    words = ("--device", "cpu", "--ways", "pack", "eager", "--width", "8", "--batches", "2", "--rounds", "2")
+    ways = run("packed_gpu.py", *words)["ways"]
+    assert set(ways) == {f"{way}, {dtype}" for way in ("pack", "eager") for dtype in ("float32", "bfloat16")}
+    assert ways["pack, float32"]["error"] < 1e-5 and all(way["milliseconds"]["2"] > 0 for way in ways.values())
+
+
 def test_the_benchmark_of_many_networks_counts_the_memory_of_each() -> None:
     table = run("many_networks.py", "--network", "dacnn3", "--width", "8", "--count", "5", "--dtypes", "float32")
     (row,) = table["rows"]
