@@ -19,6 +19,7 @@ ORDER = [
     "config",
     "sharing.groups",
     "sharing.keeping",
+    "sharing.parts",
     "sharing.winograd",
     "sharing.segments",
     "sharing.remake",

@@ -10,12 +10,38 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # bytes that an operator takes for itself beside its results, from the operator, its arguments and its results
 Workspace = Callable[[Any, tuple[Any, ...], Any], int]
+
+
+def _normed(x: Tensor, weight: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    training = others[3]
+    statistics = (x if weight is None else weight).new_empty(x.shape[1] if training else 0)
+    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+
+def _normed_backward(gradient: Tensor, x: Tensor, weight: Tensor | None, *others: Any) -> tuple[Tensor | None, ...]:
+    asked = others[-1]
+    of_weight = (x if weight is None else weight).new_empty
+    return (
+        torch.empty_like(x) if asked[0] else None,
+        of_weight(x.shape[1]) if asked[1] else None,
+        of_weight(x.shape[1]) if asked[2] else None,
+    )
+
+
+# what gives tensors like those of an operator where they have no values: there PyTorch goes through all steps of a norm, in
+# Python, in ten milliseconds
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_batch_norm.default: _normed,
+    torch.ops.aten.native_batch_norm_backward.default: _normed_backward,
+}
 
 
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -36,6 +62,11 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # (number of the storage, bytes taken or given back), in the order in which it happened
         self._events: list[tuple[int, int]] = []
         self._kinds: dict[int, str] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # to tell PyTorch's compiler not to look in here, PyTorch would import it at the first operator, which takes seconds
+        return False
 
     def label(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Say what some living tensors are, for all their life; those unknown so far are taken in.
@@ -70,7 +101,11 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        results = func(*args, **(kwargs or {}))
+        instead = _INSTEAD.get(func)
+        if instead and (args[0].is_meta or is_fake(args[0])):
+            results = instead(*args, **(kwargs or {}))
+        else:
+            results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, Tensor):
                 self._take_in(result)

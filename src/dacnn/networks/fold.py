@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from dacnn.errors import ConfigError, PlanError
@@ -141,6 +139,10 @@ def _clusters(similarity: Tensor, count: int | None, threshold: float) -> list[l
         return [[0]]
     distance = 1 - similarity
     distance.fill_diagonal_(0)
+    # half a second, which every command would take that draws a table
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+
     tree = linkage(squareform(((distance + distance.T) / 2).cpu().numpy(), checks=False), "average")
     labels = fcluster(tree, count, "maxclust") if count is not None else fcluster(tree, 1 - threshold, "distance")
     groups: dict[int, list[int]] = {}

@@ -123,6 +123,9 @@ class Network(Classifier):
         Args:
             generator: Source of the random numbers; None is PyTorch's global one.
         """
+        if self.classifier.weight.is_meta:
+            # PyTorch draws nothing there either, but takes seconds over it
+            return
         chained = [
             layer for stage in self.plan.stages for block in stage.blocks if not block.residual for layer in block.layers
         ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dacnn.sharing.keeping import Keeper, keeping, remaking_keeper
+from dacnn.sharing.parts import to_do
 from dacnn.sharing.segments import made_again
 
 # N images, C channels, H rows, W columns
@@ -56,11 +57,14 @@ def _spread_to_largest(gradient: Tensor, x: Tensor, *, rectified: bool = False) 
     """
     result = torch.empty_like(x)
     # a few images at a time, so that the indices are never all there; a GPU would rather have one launch
-    parts = _PARTS if x.device.type == "cpu" else 1
-    for part, below, above in zip(*(tensor.chunk(parts) for tensor in (x, result, gradient)), strict=True):
+    step = -(-len(x) // _PARTS) if x.device.type == "cpu" else len(x)
+    for images in to_do([slice(begin, begin + step) for begin in range(0, len(x), step)], x):
+        part = x[images]
         _, indices = torch.ops.aten.max_pool2d_with_indices(part, [2, 2], [2, 2])
-        spread = torch.ops.aten.max_pool2d_with_indices_backward(above, part, [2, 2], [2, 2], [0, 0], [1, 1], False, indices)
-        below.copy_(torch.ops.aten.threshold_backward(spread, part, 0) if rectified else spread)
+        spread = torch.ops.aten.max_pool2d_with_indices_backward(
+            gradient[images], part, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
+        )
+        result[images] = torch.ops.aten.threshold_backward(spread, part, 0) if rectified else spread
     return result
 
 

@@ -13,7 +13,7 @@ Source:
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from dacnn.sharing.parts import to_do
 
 # N images, C channels of the input, O of the output, H rows, W columns; T tiles, P = 36 points
 
@@ -131,9 +133,9 @@ class _Winograd(torch.autograd.Function):
         context.save_for_backward(x, kernel)
         y = x.new_empty(len(x), *x.shape[2:], len(kernel))
         at_points = _kernel_at_points(kernel)
-        step = _images_at_once(x, kernel)
-        for part, below in zip(torch.split(_last_channels(x), step), torch.split(y, step), strict=True):
-            _write_outputs(_transformed(_POINTS_TO_OUTPUTS, _tiles_at_points(part) @ at_points), below)
+        x_nhwc = _last_channels(x)
+        for images in _parts(x, kernel):
+            _write_outputs(_transformed(_POINTS_TO_OUTPUTS, _tiles_at_points(x_nhwc[images]) @ at_points), y[images])
         return _first_channels(y)
 
     @staticmethod
@@ -144,11 +146,10 @@ class _Winograd(torch.autograd.Function):
         at_points = _kernel_at_points(kernel)
         of_points = torch.zeros_like(at_points)
         x_nhwc = _last_channels(x)
+        of_y = _last_channels(gradients[0])
         of_x = torch.empty_like(x_nhwc) if for_x else None
-        step = _images_at_once(x, kernel)
-        for index, of_y in enumerate(torch.split(_last_channels(gradients[0]), step)):
-            images = slice(index * step, (index + 1) * step)
-            of_products = _transformed(_POINTS_TO_OUTPUTS.T, _outputs(of_y))
+        for images in _parts(x, kernel):
+            of_products = _transformed(_POINTS_TO_OUTPUTS.T, _outputs(of_y[images]))
             if for_kernel:
                 of_points.flatten(0, 1).baddbmm_(_tiles_at_points(x_nhwc[images]).mT.flatten(0, 1), of_products.flatten(0, 1))
             if of_x is not None:
@@ -220,9 +221,10 @@ def _tiles(pixels: int) -> int:
     return -(-pixels // _OUTPUTS)
 
 
-def _images_at_once(x: Tensor, kernel: Tensor) -> int:
-    """Images whose tiles stay in a cache of some megabytes."""
-    return max(1, _AT_ONCE // (_tiles(x.shape[2]) * _tiles(x.shape[3]) * max(kernel.shape[:2])))
+def _parts(x: Tensor, kernel: Tensor) -> Sequence[slice]:
+    """Images by as many as have tiles that stay in a cache of some megabytes."""
+    step = max(1, _AT_ONCE // (_tiles(x.shape[2]) * _tiles(x.shape[3]) * max(kernel.shape[:2])))
+    return to_do([slice(begin, begin + step) for begin in range(0, len(x), step)], x)
 
 
 def _last_channels(x: Tensor) -> Tensor:
