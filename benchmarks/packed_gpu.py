@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--device", default=best_device())
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    # each number format and batch is compiled by itself
+    # `torch.compile` compiles each number format and batch by itself
     torch._dynamo.config.recompile_limit = 64
     network = trained_like(dacnn.create(options.network, width=options.width, seed=0))
     found = runs_of(network, options.device, options.ways)
@@ -115,7 +115,7 @@ def main() -> None:
         for name, values in taken.items():
             rows[name]["milliseconds"][str(batch)] = statistics.median(values)
             rows[name]["quartiles"][str(batch)] = statistics.quantiles(values, n=4)[::2]
-    hardware = torch.cuda.get_device_name() if options.device == "cuda" else cpu_name()
+    hardware = torch.cuda.get_device_name() if torch.device(options.device).type == "cuda" else cpu_name()
     if options.json:
         print(json.dumps({"hardware": hardware, "torch": torch.__version__, "ways": rows}, indent=2))
         return

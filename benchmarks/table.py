@@ -114,6 +114,9 @@ def run_row(row: Row, recipe: str, data: str, seed: int, out: Path, until: float
     if measured.is_file():
         return dict(json.loads(measured.read_text()))
     listener = Deadline(until)
+    # what was compiled for the rows before counts against PyTorch's limit
+    if best_device() == "cuda":
+        torch.compiler.reset()
     try:
         chosen = {**row.settings, **settings, "seed": seed}
         result = dacnn.train(row.network, data=data, recipe=recipe, out=path, resume=path.is_dir(), listener=listener, **chosen)

@@ -124,6 +124,8 @@ def input_seconds(loop: Loop) -> float:
     begun = time.perf_counter()
     for step, (images, _labels) in enumerate(loop.batches()):
         loop.prepare(loop.augment(images, step))
+        if loop.device.type == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)
         begun = time.perf_counter()
     return statistics.median(times)

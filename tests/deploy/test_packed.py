@@ -154,6 +154,8 @@ CASES: dict[str, tuple[Operation, ...]] = {
     ),
     "linear without shift": (GlobalAverage("a", "x"), Flatten("f", "a"), Linear("l", "f", StoredKernel("square"))),
     "halved": (CONVOLVED, ScaleShift("z", "y", "s", "t"), Activate("r", "z"), MaxPool("p", "r", (2, 2), (2, 2))),
+    "convolution and nothing": (CONVOLVED, ScaleShift("z", "y", None, None)),
+    "halved without scale and shift": (CONVOLVED, Activate("r", "y"), MaxPool("p", "r", (2, 2), (2, 2))),
     "halved without ReLU": (CONVOLVED, ScaleShift("z", "y", "s", "t"), MaxPool("p", "z", (2, 2), (2, 2))),
     "halved without shift": (CONVOLVED, ScaleShift("z", "y", "s", None), Activate("r", "z"), MaxPool("p", "r", (2, 2), (2, 2))),
     "halved, seven pixels": (
@@ -206,6 +208,26 @@ def test_every_step_runs_in_bfloat16(name: str, path: str, monkeypatch: pytest.M
     program = program_of(*steps, result=steps[-1].out)
     # 8 bits of precision in images, kernels and scales
     assert error_of(dacnn.pack(program, dtype="bfloat16", device="cpu")(images_of(2)), program, images_of(2)) < 0.05
+
+
+def test_few_variants_of_the_passes_on_a_gpu_are_compiled(small: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "is_available", lambda: False)
+    monkeypatch.setattr(fused, "is_available", lambda device: True)
+    fused._compiled.cache_clear()
+    compiled: list[object] = []
+    compiler = torch.compile
+
+    def backend(graph: torch.fx.GraphModule, examples: object) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiler(function, dynamic=dynamic, backend=backend))
+    ready = dacnn.pack(small, device="cpu")
+    for count in (1, 2, 3, 16, 32):
+        assert error_of(ready(images_of(count, 32, 32)), small, images_of(count, 32, 32)) < TOLERANCE
+    fused._compiled.cache_clear()
+    # with and without pooling, and once more where images have a single pixel, or two; uint8 is normalised
+    assert len(compiled) <= 6
 
 
 def test_what_the_caller_gives_is_left_as_it_is() -> None:
@@ -452,9 +474,11 @@ def test_a_gpu_that_is_not_there_is_refused(small: Program) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", TOLERANCE), ("bfloat16", 2e-2)])
 def test_a_gpu_gives_what_the_program_says(small: Program, dtype: Any, tolerance: float) -> None:
     ready = dacnn.pack(small, device="cuda", dtype=dtype)
-    # the second time by the graph that was recorded the first time
-    for count in (1, 3, 1):
-        assert error_of(ready(images_of(count, 32, 32)).cpu(), small, images_of(count, 32, 32)) < tolerance
+    # the second time by the graph that was recorded the first time, in whatever mode
+    for count, inference in ((1, True), (3, False), (1, False)):
+        with torch.inference_mode(inference):
+            logits = ready(images_of(count, 32, 32)).cpu()
+        assert error_of(logits, small, images_of(count, 32, 32)) < tolerance
 
 
 def test_a_program_with_loops_is_refused() -> None:

@@ -154,6 +154,24 @@ def test_by_itself_a_cpu_makes_activations_again_and_a_compiler_nothing() -> Non
     assert on_gpu.recompute == "no" and on_gpu.compiled
 
 
+@pytest.mark.usefixtures("a_gpu_of_some_kind")
+def test_what_is_rounded_is_not_compiled_by_itself() -> None:
+    assert not choose(TrainingConfig(quantize="int8", weights="runs/a"), "cuda").compiled
+
+
+@pytest.mark.parametrize(
+    ("foreign", "accumulate", "mode"), [(False, 1, "reduce-overhead"), (False, 2, "default"), (True, 1, "default")]
+)
+def test_passes_are_recorded_where_nothing_outlives_them(
+    foreign: bool, accumulate: int, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network: nn.Module = dacnn.create("dacnn3", width=8)
+    loop = loop_on(nn.Sequential(network) if foreign else network, "no")
+    loop.device, loop.config = torch.device("cuda"), TrainingConfig(accumulate=accumulate)
+    monkeypatch.setattr(torch, "compile", lambda model, mode: (model, mode))
+    assert loop._compile(loop.network) == (loop.network, mode)
+
+
 def loop_on(network: nn.Module, recompute: str) -> Loop:
     images, labels = torch.zeros(16, 32, 32, 3, dtype=torch.uint8), torch.zeros(16, dtype=torch.long)
     train, empty = MemoryImages(images, labels, ("0", "1")), MemoryImages(images[:0], labels[:0], ("0", "1"))

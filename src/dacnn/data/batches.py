@@ -56,7 +56,7 @@ class Draws:
         if device.type == "cuda":
             # from other memory a transfer waits for all that the GPU has still to do
             numbers = numbers.pin_memory()
-        shift_y, shift_x, mirror, hole_y, hole_x = numbers.to(device, non_blocking=True)
+        shift_y, shift_x, mirror, hole_y, hole_x = numbers.to(device, non_blocking=device.type == "cuda")
         return Draws(shift_y, shift_x, mirror.bool(), hole_y, hole_x, cutout=self.cutout)
 
 

@@ -132,8 +132,10 @@ class Loop:
 
     def _compile(self, model: nn.Module) -> nn.Module:
         """Compile it; on a GPU its passes are recorded too: to launch hundreds of kernels takes as long as to run them."""
-        # a gradient that is added to must not lie in what the next pass is replayed over
-        recorded = self.device.type == "cuda" and self.config.accumulate == self.accelerator.num_processes == 1
+        # a gradient that is added to must not lie where the next pass is replayed, nor what a module of somebody else's keeps
+        # from step to step; with several processes it was not tried
+        passes = self.config.accumulate * self.accelerator.num_processes
+        recorded = self.device.type == "cuda" and passes == 1 and isinstance(self.network, Network) and not self.quantized
         compiled: nn.Module = torch.compile(model, mode="reduce-overhead" if recorded else "default")  # type: ignore[assignment]
         return compiled
 

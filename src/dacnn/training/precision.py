@@ -124,7 +124,8 @@ def choose(config: TrainingConfig, device: str, processes: int = 1, *, foreign: 
     if config.precision == "bfloat16" and device == "cuda" and not fast:
         raise TrainingError("training.precision is 'bfloat16': this GPU has no units for it: use 'auto' or 'float32'")
     # who asks for something to be made again has asked not to leave that to a compiler
-    automatic = device == "cuda" and config.recompute in ("auto", "no")
+    # and ranges that are found anew in every epoch would be compiled anew
+    automatic = device == "cuda" and config.recompute in ("auto", "no") and not rounds
     compiled = automatic if config.compile == "auto" else config.compile == "yes"
     # a GPU has its own fused kernels for norms
     recompute: Recomputed = "activations" if device == "cpu" and not compiled else "no"

@@ -7,7 +7,6 @@ expressions, and other devices, get PyTorch's own convolution; on a GPU what fol
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -99,12 +98,14 @@ class Held:
     Attributes:
         device: Where everything runs.
         dtype: Number format of activations and of the kernels of convolutions.
+        fused: Whether what follows PyTorch's own convolution is one pass.
         packed: Kernels of convolutions by name, for oneDNN; empty elsewhere.
         plain: All other kernels, banks and what belongs to them, by name.
     """
 
     device: torch.device
     dtype: torch.dtype
+    fused: bool
     packed: Mapping[str, onednn.PackedKernel]
     plain: Mapping[str, Tensor]
 
@@ -163,81 +164,23 @@ def _terms(scale: Factors | None, shift: Factors | None, device: torch.device) -
 def _normalize(input: Input, held: Held) -> tuple[Call, list[Tensor]]:
     mean, std = np.array(input.mean), np.array(input.std)
     scale, shift = (torch.from_numpy(one).float().to(held.device) for one in (1 / (255 * std), -mean / std))
-    one_pass = fused.is_available(held.device)
 
     def call(images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             return images.to(held.dtype)
-        if one_pass:
-            return fused.affine(images.permute(0, 3, 1, 2), scale, shift, held.dtype, relu=False)
+        if held.fused:
+            return fused.affine(images.permute(0, 3, 1, 2), scale, shift, held.dtype)
         return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2).to(held.dtype)
 
     return call, [scale, shift]
 
 
-@dataclass(frozen=True)
-class PlainConvolution:
-    """PyTorch's own convolution, scale and shift, then ReLU, then perhaps pooling of two by two.
-
-    Attributes:
-        kernel: Gives the kernel, O x I x rows x columns; evaluated now where it is an expression.
-        slide: How it is slid.
-        affine: Scale and shift, shape (O,), float32; None: there are none.
-        relu: Whether a ReLU follows.
-        dtype: Number format of kernel and images.
-        halves: Whether pooling follows.
-    """
-
-    kernel: Callable[[], Tensor]
-    slide: onednn.Slide
-    affine: tuple[Tensor, Tensor] | None
-    relu: bool
-    dtype: torch.dtype
-    halves: bool = False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Convolve images, N x C x H x W.
-
-        Returns:
-            N x O x H' x W', in channels-last memory.
-        """
-        margin, x = self.slide.margin, x.to(self.dtype)
-        x = (F.pad(x, margin) if any(margin) else x).contiguous(memory_format=_LAST)
-        y = _convolved(x, self.kernel().to(self.dtype), self.slide.geometry).contiguous(memory_format=_LAST)
-        if self.affine and fused.is_available(y.device):
-            if self.relu and self.halves and y.shape[2] % 2 == y.shape[3] % 2 == 0:
-                return fused.affine_halved(y, *self.affine, self.dtype)
-            y = fused.affine(y, *self.affine, self.dtype, self.relu)
-        else:
-            if self.affine:
-                y = _scale_shift(*self.affine, True)[0](y)
-            y = y.relu_() if self.relu else y
-        return _HALVING(y) if self.halves else y
-
-
-def _convolved(x: Tensor, kernel: Tensor, of: onednn.Geometry) -> Tensor:
-    if x.dtype == torch.float32 and x.is_cuda and torch.version.cuda:
-        # PyTorch's own would round to the ten bits of TF32, unless that were switched off for the whole process
-        return torch.ops.aten.cudnn_convolution(  # type: ignore[no-any-return]
-            x, kernel, of.padding, of.stride, of.dilation, of.groups, False, False, False
-        )
-    return F.conv2d(x, kernel, None, of.stride, of.padding, of.dilation, of.groups)
-
-
-def _convolution(
-    stored: Stored, step: Convolve, held: Held, tensors: Tensors
-) -> tuple[Convolution | PlainConvolution, list[Tensor]]:
+def _convolution(stored: Stored, step: Convolve, held: Held, tensors: Tensors) -> tuple[Call | Convolution, list[Tensor]]:
     slide = onednn.slide_of(step)
     scale, shift = _factors(stored.affine, tensors)
     packed = held.packed.get(_name(step.kernel.tensor)) if isinstance(step.kernel, StoredKernel) else None
     if packed is None:
-        affine = None
-        if stored.affine is not None:
-            scale = np.ones_like(shift) if scale is None else scale
-            shift = np.zeros_like(scale) if shift is None else shift
-            affine = torch.from_numpy(scale).float().to(held.device), torch.from_numpy(shift).float().to(held.device)
-        kernel = partial(held.kernel, step.kernel)
-        return PlainConvolution(kernel, slide, affine, stored.relu, held.dtype), list(affine or ())
+        return _plain_convolution(stored, step, held, *_terms(scale, shift, held.device))
     factor, bias = None, None
     if scale is not None:
         factor, bias = factor_and_addend(scale, shift, held.dtype)
@@ -245,6 +188,39 @@ def _convolution(
         bias = _rounded(shift, held.dtype)
 
     return Convolution(packed, slide, factor, bias, stored.relu), [one for one in (factor, bias) if one is not None]
+
+
+def _plain_convolution(
+    stored: Stored, step: Convolve, held: Held, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Call, list[Tensor]]:
+    """PyTorch's own convolution, and what follows it in one pass or step by step."""
+    slide = onednn.slide_of(step)
+    if held.fused and (scale is None) != (shift is None):
+        # the pass has both
+        scale = torch.ones_like(shift) if scale is None and shift is not None else scale
+        shift = torch.zeros_like(scale) if shift is None and scale is not None else shift
+    behind, own = _scale_shift(scale, shift, True)
+
+    def call(x: Tensor) -> Tensor:
+        x = x.to(held.dtype)
+        x = (F.pad(x, slide.margin) if any(slide.margin) else x).contiguous(memory_format=_LAST)
+        y = _convolved(x, held.kernel(step.kernel).to(held.dtype), slide.geometry).contiguous(memory_format=_LAST)
+        if held.fused and scale is not None and shift is not None:
+            return fused.affine(y, scale, shift, held.dtype, relu=stored.relu, pool=stored.pool)
+        y = behind(y)
+        y = y.relu_() if stored.relu else y
+        return F.max_pool2d(y, 2) if stored.pool else y
+
+    return call, own
+
+
+def _convolved(x: Tensor, kernel: Tensor, of: onednn.Geometry) -> Tensor:
+    if x.dtype == torch.float32 and x.is_cuda and torch.version.cuda and torch.backends.cudnn.is_acceptable(x):  # type: ignore[no-untyped-call]
+        # PyTorch's own would round to the ten bits of TF32, unless that were switched off for the whole process
+        return torch.ops.aten.cudnn_convolution(  # type: ignore[no-any-return]
+            x, kernel, of.padding, of.stride, of.dilation, of.groups, False, False, False
+        )
+    return F.conv2d(x, kernel, None, of.stride, of.padding, of.dilation, of.groups)
 
 
 def _linear(stored: Stored, step: Linear, held: Held, tensors: Tensors) -> tuple[Call, list[Tensor]]:
@@ -309,14 +285,6 @@ def _elementary(step: Operation, owned: bool) -> Call:
 def _global_average(x: Tensor) -> Tensor:
     # in float32; a pool is several times as fast as `mean`, and one pixel is its own mean
     return x if x.shape[2:] == (1, 1) else F.avg_pool2d(x.float(), x.shape[2:])
-
-
-_HALVING = MaxPooling((2, 2), onednn.Slide(onednn.Geometry((2, 2), (0, 0)), (0, 0, 0, 0)))
-
-
-def is_halving(call: object) -> bool:
-    """Whether a call is pooling of two by two, which most networks have between their stages."""
-    return call == _HALVING
 
 
 def _max_pool(step: MaxPool) -> MaxPooling:

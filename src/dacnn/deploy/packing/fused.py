@@ -1,64 +1,76 @@
 """What follows a convolution on a GPU, in one pass: scale, shift and ReLU, and pooling of two by two.
 
-A pass reads and writes every activation, which takes as long as the convolution itself. These passes are compiled once for
-all networks of a process, by their number formats alone: sizes are arguments.
+Every pass reads and writes all activations, and together they take longer than the convolutions. They are compiled by Triton,
+once for all networks of a process: the sizes of images are arguments, and only a size of 1 and another number format make a
+new variant.
 """
 
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# N images, C channels, H rows, W columns, M pixels of all images
+# N images, C channels, H rows, W columns
 
-
-def is_available(device: torch.device) -> bool:
-    """Whether passes can be compiled for a device: on a GPU, by Triton, which comes with PyTorch on most systems."""
-    return device.type == "cuda" and find_spec("triton") is not None
-
-
-def affine(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, relu: bool) -> Tensor:
-    """Scale and shift the channels of images, then ReLU.
-
-    Args:
-        x: N x C x H x W, in channels-last memory, of any type.
-        scale: Shape (C,), float32.
-        shift: Shape (C,), float32.
-        dtype: Type of the result.
-        relu: Whether to end with a ReLU.
-
-    Returns:
-        N x C x H x W, in channels-last memory.
-    """
-    nhwc = x.permute(0, 2, 3, 1)
-    y: Tensor = _compiled(_affine_relu if relu else _affine)(nhwc.reshape(-1, x.shape[1]), scale, shift, dtype)
-    return y.view(nhwc.shape).permute(0, 3, 1, 2)
-
-
-def affine_halved(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale and shift the channels of images, then ReLU, then the maximum of every two by two pixels.
-
-    Args:
-        x: N x C x H x W, in channels-last memory, H and W even.
-        scale: Shape (C,), float32.
-        shift: Shape (C,), float32.
-        dtype: Type of the result.
-
-    Returns:
-        N x C x H / 2 x W / 2, in channels-last memory.
-    """
-    count, channels, rows, columns = x.shape
-    blocks = x.permute(0, 2, 3, 1).reshape(count * rows // 2, 2, columns // 2, 2, channels)
-    y: Tensor = _compiled(_affine_relu_halved)(blocks, scale, shift, dtype)
-    return y.view(count, rows // 2, columns // 2, channels).permute(0, 3, 1, 2)
+# PyTorch's own limit, behind which it computes step by step, is 8; two formats and sizes of 1 make more
+_MOST_VARIANTS = 64
 
 
 @lru_cache
-def _compiled(of: Callable[..., Tensor]) -> Any:
-    return torch.compile(of, dynamic=True)
+def is_available(device: torch.device) -> bool:
+    """Whether passes can be compiled for a device: for a GPU that Triton knows, where it and its C compiler are."""
+    if device.type != "cuda":
+        return False
+    image, term = torch.zeros(1, 2, 2, 2, device=device), torch.zeros(2, device=device)
+    try:
+        affine(image, term, term, torch.float32)
+    except Exception:
+        # whatever is missing, PyTorch computes step by step
+        return False
+    return True
+
+
+def affine(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, *, relu: bool = False, pool: bool = False) -> Tensor:
+    """Scale and shift the channels of images; then ReLU, then the maximum of every two by two pixels, where they are asked for.
+
+    Args:
+        x: N x C x H x W, in channels-last memory.
+        scale: Shape (C,), float32.
+        shift: Shape (C,), float32.
+        dtype: Type of the result.
+        relu: Whether a ReLU follows.
+        pool: Whether pooling follows that.
+
+    Returns:
+        N x C x H x W, or N x C x H // 2 x W // 2, in channels-last memory.
+    """
+    count, channels, rows, columns = x.shape
+    nhwc = x.permute(0, 2, 3, 1)
+    if relu and pool and rows % 2 == columns % 2 == 0:
+        blocks = nhwc.reshape(count * rows // 2, 2, columns // 2, 2, channels)
+        y: Tensor = _compiled(_affine_relu_pool)(blocks, scale, shift, dtype)
+        return y.view(count, rows // 2, columns // 2, channels).permute(0, 3, 1, 2)
+    y = _compiled(_affine_relu if relu else _affine)(nhwc.reshape(-1, channels), scale, shift, dtype)
+    y = y.view(nhwc.shape).permute(0, 3, 1, 2)
+    return F.max_pool2d(y, 2) if pool else y
+
+
+@lru_cache
+def _compiled(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    from torch._dynamo import config
+    from torch.fx.experimental import _config as sizes
+
+    compiled = torch.compile(of, dynamic=True)
+
+    def call(*arguments: Any) -> Tensor:
+        # nor shall sizes that happen to be equal make a variant
+        with config.patch(recompile_limit=_MOST_VARIANTS), sizes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return compiled(*arguments)
+
+    return call
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,6 +81,6 @@ def _affine_relu(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) ->
     return (x.float() * scale + shift).relu().to(dtype)
 
 
-def _affine_relu_halved(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+def _affine_relu_pool(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
     # of blocks, N * H / 2 x 2 x W / 2 x 2 x C
     return (x.float() * scale + shift).relu().amax((1, 3)).to(dtype)

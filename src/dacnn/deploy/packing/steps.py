@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dacnn.deploy.fusion import Stored, Task, tasks
-from dacnn.deploy.packing import onednn
-from dacnn.deploy.packing.arithmetic import Call, Held, PlainConvolution, call_of, is_halving
+from dacnn.deploy.packing import fused, onednn
+from dacnn.deploy.packing.arithmetic import Call, Held, call_of
 from dacnn.deploy.packing.chains import Chain, Convolution, MaxPooling, is_interpreted
 from dacnn.deploy.packing.cuda_graphs import Graphs
 from dacnn.deploy.program import IMAGES, Convolve, KernelStep, Program, StoredKernel, references
@@ -36,7 +36,7 @@ class Steps:
         Raises:
             DeployError: The program has loops.
         """
-        self._tasks = tasks(program)
+        self._tasks = tasks(program, pools=fused.is_available(device))
         self.held = _hold(program, device, dtype)
         made = [call_of(task, self.held, program.tensors, program.input) for task in self._tasks]
         self._calls = _chained(self._tasks, [call for call, _ in made])
@@ -73,7 +73,11 @@ class Steps:
         Returns:
             Logits, float32, N x K.
         """
-        return self._run(images) if self._graphs is None else self._graphs(images)
+        if self._graphs is None:
+            return self._run(images)
+        # what is recorded in inference mode could not be written to outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            return self._graphs(images)
 
     def _run(self, images: Tensor) -> Tensor:
         values = {IMAGES: images}
@@ -90,6 +94,10 @@ class Steps:
         """Lines: how many steps there are, packs of every kernel, what is evaluated when it is read."""
         fused = sum(isinstance(task.step, Stored) for task in self._tasks)
         lines = [f"{len(self._tasks)} steps, {fused} of them with scale, shift and ReLU done while values are stored"]
+        if self._graphs and not self.held.fused:
+            lines.append(
+                "scale, shift and ReLU are steps of their own, since nothing can be compiled for this GPU: that takes longer"
+            )
         if not is_interpreted():
             lines.append("called one by one, since this PyTorch has no TorchScript: that takes longer")
         lines += [kernel.describe() for kernel in self.held.packed.values()]
@@ -102,26 +110,20 @@ def _chained(
     tasks: Sequence[Task], made: Sequence[Call | Convolution]
 ) -> list[tuple[Call | Chain, tuple[str, ...], tuple[str, ...], str]]:
     """Calls, neighbours joined that can be; each with the values that it takes, those that are spent, and what it gives."""
-
-    def follows(index: int) -> bool:
-        """Whether a task alone takes what the one before it gives."""
-        return index < len(tasks) and tasks[index].values == tasks[index].spent == (tasks[index - 1].step.out,)
-
     calls: list[tuple[Call | Chain, tuple[str, ...], tuple[str, ...], str]] = []
     begin = 0
     while begin < len(tasks):
         end = begin + 1
-        first = made[begin]
         call: Call | Chain
+        first = made[begin]
         if isinstance(first, Convolution):
             links: list[Convolution | MaxPooling] = [first]
-            while follows(end) and isinstance(link := made[end], Convolution | MaxPooling):
+            while end < len(tasks) and isinstance(link := made[end], Convolution | MaxPooling):
+                if tasks[end].values != tasks[end].spent or tasks[end].values != (tasks[end - 1].step.out,):
+                    break
                 links.append(link)
                 end += 1
             call = Chain(links)
-        elif isinstance(first, PlainConvolution) and follows(end) and is_halving(made[end]):
-            call = dataclasses.replace(first, halves=True)
-            end += 1
         else:
             call = first
         calls.append((call, tasks[begin].values, tasks[begin].spent, tasks[end - 1].step.out))
@@ -163,4 +165,4 @@ def _hold(program: Program, device: torch.device, dtype: torch.dtype) -> Held:
         else:
             plain[name] = stored.to(device, copy=True)
     plain |= {name: torch.from_numpy(program.tensors[name]).to(device, copy=True) for name in own}
-    return Held(device, dtype, packed, plain)
+    return Held(device, dtype, fused.is_available(device), packed, plain)
