@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import dacnn
 from dacnn.config import NetworkConfig
@@ -87,3 +88,17 @@ def test_counting_leaves_the_network_as_it_is() -> None:
     dacnn.count(network)
     assert not network.training
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+class Attending(nn.Module):
+    """Attention of pixels to pixels, each of four channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = nn.functional.pad(x, (0, 0, 0, 0, 0, 1)).flatten(2).transpose(1, 2)[:, None]
+        return nn.functional.scaled_dot_product_attention(pixels, pixels, pixels).mean((1, 2))
+
+
+def test_the_products_of_attention_are_counted() -> None:
+    network = dacnn.adapt(nn.Sequential(Attending(), nn.Linear(4, 5)), dacnn.Input(6, 6), list("abcde"))
+    # 36 pixels meet 36, and the weights what they weigh, in four channels
+    assert dacnn.count(network).macs == 2 * 36 * 36 * 4 + 4 * 5
