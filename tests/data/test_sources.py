@@ -141,6 +141,17 @@ def test_hidden_files_and_what_lies_in_hidden_folders_are_passed_over(tmp_path):
     assert np.bincount(records.labels).tolist() == [3, 3]
 
 
+def test_links_to_folders_are_followed_and_a_circle_of_them_ends(tmp_path):
+    images = image_folder(tmp_path / "elsewhere", 4)
+    folder = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "more").symlink_to(images / name, target_is_directory=True)
+        (folder / name / "more again").symlink_to(images / name, target_is_directory=True)
+        (folder / name / "up").symlink_to(folder / name, target_is_directory=True)
+    assert np.bincount(read_image_folder(folder)["train"].labels).tolist() == [4, 4]
+
+
 def test_images_of_every_kind_and_size_share_one_folder(tmp_path):
     image_folder(tmp_path / "test")
     train = image_folder(tmp_path / "train")
@@ -265,6 +276,14 @@ def test_parquet_is_read_in_memory_and_mapped(tmp_path, monkeypatch, changes, me
     images = splits.train.gather(torch.arange(16))
     for image, label in zip(images, splits.train.labels, strict=True):
         assert image[5, 5].tolist() == list(colour(int(label)).getpixel((0, 0)))
+
+
+def test_parquet_behind_a_link_is_found(tmp_path):
+    write_parquet(tmp_path / "elsewhere" / "train.parquet", LABELS)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "data").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    splits = load(tmp_path / "set")
+    assert sum(map(len, (splits.train, splits.validation, splits.test))) == len(LABELS)
 
 
 def test_parquet_written_by_datasets_is_read(tmp_path):

@@ -1,5 +1,6 @@
 """A folder of images by class: one folder per class, either at once or below `train` and `test`."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,26 +84,49 @@ def image_files(folder: Path) -> list[Path]:
 
     Returns:
         The files, sorted by name; hidden ones, and those in hidden folders such as `.ipynb_checkpoints`, are passed over.
+
+    Raises:
+        DataError: A folder cannot be listed.
     """
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in endings and not is_hidden(path.relative_to(folder)) and path.is_file()
-    )
+    return [path for path in files_in(folder) if path.suffix.lower() in endings]
+
+
+def files_in(folder: Path) -> list[Path]:
+    """What a folder and its subfolders hold, links to folders followed.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The files, sorted by name, but for hidden ones and those in hidden folders; each folder once, whatever leads there.
+
+    Raises:
+        DataError: A folder cannot be listed.
+    """
+
+    def refused(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be listed ({reason(error)})")
+
+    found, seen = [], set()
+    for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refused):
+        real = os.path.realpath(place)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
+        found += [Path(place, name) for name in names if not is_hidden(name)]
+    return sorted(path for path in found if path.is_file())
 
 
 def _subfolders(folder: Path) -> list[Path]:
     try:
-        return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not is_hidden(Path(sub.name)))
+        return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not is_hidden(sub.name))
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({reason(error)})") from None
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether a file, or a folder on the way to it, is hidden.
-
-    Args:
-        path: Its path, from the folder that is looked through.
-    """
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none of the user's: it begins with a dot, or an archiver of macOS left it."""
+    return name.startswith((".", "__MACOSX"))

@@ -13,7 +13,7 @@ import numpy as np
 from dacnn.config import DataConfig
 from dacnn.data.archives import find_archive
 from dacnn.data.fit import Pixels
-from dacnn.data.folders import is_hidden, read_image_folder
+from dacnn.data.folders import files_in, read_image_folder
 from dacnn.data.hub import read_hub
 from dacnn.data.imageset import ImageSet, Progress, load_records
 from dacnn.data.parquet import read_parquet
@@ -224,7 +224,7 @@ def _read_path(path: Path, memory_bytes: float) -> dict[str, Records]:
         if path.suffix != ".parquet":
             raise DataError(f"{path}: expected a folder, a .tar.gz of CIFAR, a .mat of SVHN or a .parquet file")
         return read_parquet(path, [path], memory_bytes)
-    files = [file for file in path.rglob("*.parquet") if not is_hidden(file.relative_to(path))]
+    files = [file for file in files_in(path) if file.suffix == ".parquet"]
     return read_parquet(path, files, memory_bytes) if files else read_image_folder(path)
 
 
