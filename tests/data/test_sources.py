@@ -149,6 +149,7 @@ def test_links_to_folders_are_followed_and_a_circle_of_them_ends(tmp_path):
         (folder / name / "more").symlink_to(images / name, target_is_directory=True)
         (folder / name / "more again").symlink_to(images / name, target_is_directory=True)
         (folder / name / "up").symlink_to(folder / name, target_is_directory=True)
+        (folder / name / "all").symlink_to(folder, target_is_directory=True)
     assert np.bincount(read_image_folder(folder)["train"].labels).tolist() == [4, 4]
 
 

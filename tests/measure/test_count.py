@@ -102,3 +102,32 @@ def test_the_products_of_attention_are_counted() -> None:
     network = dacnn.adapt(nn.Sequential(Attending(), nn.Linear(4, 5)), dacnn.Input(6, 6), list("abcde"))
     # 36 pixels meet 36, and the weights what they weigh, in four channels
     assert dacnn.count(network).macs == 2 * 36 * 36 * 4 + 4 * 5
+
+
+@pytest.mark.parametrize("kind", ["attention", "encoder"])
+def test_attention_of_pytorchs_own_modules_is_counted(kind: str) -> None:
+    class Encoded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = (
+                nn.MultiheadAttention(4, 2, batch_first=True)
+                if kind == "attention"
+                else nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            pixels = nn.functional.pad(x, (0, 0, 0, 0, 0, 1)).flatten(2).transpose(1, 2)
+            y = self.inner(pixels, pixels, pixels)[0] if kind == "attention" else self.inner(pixels)
+            return y.mean(1)
+
+    network = dacnn.adapt(nn.Sequential(Encoded(), nn.Linear(4, 5)), dacnn.Input(6, 6), list("abcde"))
+    # query, key, value and what comes out; pixels that meet pixels, and weights what they weigh; two layers behind them
+    macs = 4 * 36 * 4 * 4 + 2 * 36 * 36 * 4 + (kind == "encoder") * 2 * 36 * 4 * 8 + 4 * 5
+    assert dacnn.count(network).macs == macs
+
+
+def test_counting_in_inference_mode_counts_the_same() -> None:
+    network = dacnn.create("dacnn3", width=8)
+    with torch.inference_mode():
+        assert dacnn.count(network) == dacnn.count(network.plan)
+    assert dacnn.count(network).macs > 0

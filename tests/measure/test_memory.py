@@ -1,5 +1,6 @@
 """The memory of a training: what is predicted is what the allocator says."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import ResNetConfig, ResNetModel
 import dacnn
 from dacnn.config import NetworkConfig, TrainingConfig
 from dacnn.errors import ConfigError
+from dacnn.measure import memory
 from dacnn.measure.memory import _cpu_peak_bytes, measure_training_memory, predict_training_memory
 from dacnn.measure.workspace import cpu_workspace_bytes
 from dacnn.networks.adapted import Adapted
@@ -192,3 +194,27 @@ def test_it_follows_a_foreign_network_of_whole_convolutions(rule: str) -> None:
     network = Adapted(shared, Input(32, 32), tuple(map(str, range(64))))
     training = TrainingConfig(batch_size=16, precision="float32", threads=1)
     assert ratio(network, training) == pytest.approx(1, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("batch_size", [2, 33])
+def test_the_first_part_of_a_loop_tells_the_memory_of_all(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = TrainingConfig(batch_size=batch_size, precision="float32", convolution="winograd", threads=1)
+    plan = planned("dacnn9", 64)
+    predicted = predict_training_memory(plan, training)
+    monkeypatch.setattr(memory, "first_part_alone", contextlib.nullcontext)
+    assert predict_training_memory(plan, training) == predicted
+
+
+@pytest.mark.parametrize("part", ["norms", "stem"])
+def test_what_is_frozen_is_predicted_too(part: str) -> None:
+    network = dacnn.adapt(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        ),
+        Input(),
+        list("abcd"),
+    )
+    frozen = [one for one in network.modules() if isinstance(one, nn.BatchNorm2d if part == "norms" else nn.Conv2d)]
+    for parameter in (parameter for module in frozen for parameter in module.parameters()):
+        parameter.requires_grad_(False)
+    assert ratio(network, TrainingConfig(batch_size=16, precision="float32", threads=1)) == pytest.approx(1, abs=TOLERANCE)

@@ -1,6 +1,7 @@
 """A folder of images by class: one folder per class, either at once or below `train` and `test`."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +66,7 @@ def _read_split(folder: Path, classes: tuple[str, ...] | None) -> Records:
     for sub in folders:
         if sub.name not in names:
             raise DataError(f"{sub}: class '{sub.name}' is not in train: expected one of {', '.join(names[:10])}")
-        try:
-            found = image_files(sub)
-        except OSError as error:
-            raise DataError(f"{sub}: cannot be listed ({reason(error)})") from None
+        found = image_files(sub)
         if not found and classes is None:
             raise DataError(f"{sub}: class '{sub.name}' has no image: add some (.png, .jpg, ...) or remove the folder")
         paths += found
@@ -88,35 +86,39 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         DataError: A folder cannot be listed.
     """
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return [path for path in files_in(folder) if path.suffix.lower() in endings]
+    return files_in(folder, {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN})
 
 
-def files_in(folder: Path) -> list[Path]:
+def files_in(folder: Path, endings: Collection[str]) -> list[Path]:
     """What a folder and its subfolders hold, links to folders followed.
 
     Args:
         folder: The folder.
+        endings: What names end in, such as `.png`, in whatever case.
 
     Returns:
-        The files, sorted by name, but for hidden ones and those in hidden folders; each folder once, whatever leads there.
+        The files, sorted by name, but for hidden ones and those in hidden folders; each folder once, whatever leads there, and
+        none that `folder` itself lies in.
 
     Raises:
         DataError: A folder cannot be listed.
     """
 
     def refused(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be listed ({reason(error)})")
+        raise DataError(f"{error.filename}: cannot be listed ({reason(error)}): make it readable, or move it away")
 
-    found, seen = [], set()
+    found = []
+    # a link to where this folder lies leads back here, past what is none of it
+    top = Path(os.path.realpath(folder))
+    seen = set(top.parents)
     for place, subfolders, names in os.walk(folder, followlinks=True, onerror=refused):
-        real = os.path.realpath(place)
+        real = Path(os.path.realpath(place))
         if real in seen:
             subfolders.clear()
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
-        found += [Path(place, name) for name in names if not is_hidden(name)]
+        found += [Path(place, name) for name in names if os.path.splitext(name)[1].lower() in endings and not is_hidden(name)]
     return sorted(path for path in found if path.is_file())
 
 
@@ -128,5 +130,5 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is none of the user's: it begins with a dot, or an archiver of macOS left it."""
-    return name.startswith((".", "__MACOSX"))
+    """Whether a file or folder of this name is none of the user's: hidden, or left by an archiver or a file system."""
+    return name.startswith((".", "__MACOSX")) or name == "lost+found"

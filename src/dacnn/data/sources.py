@@ -224,7 +224,7 @@ def _read_path(path: Path, memory_bytes: float) -> dict[str, Records]:
         if path.suffix != ".parquet":
             raise DataError(f"{path}: expected a folder, a .tar.gz of CIFAR, a .mat of SVHN or a .parquet file")
         return read_parquet(path, [path], memory_bytes)
-    files = [file for file in files_in(path) if file.suffix == ".parquet"]
+    files = files_in(path, {".parquet"})
     return read_parquet(path, files, memory_bytes) if files else read_image_folder(path)
 
 

@@ -1,7 +1,9 @@
 """What a network stores, what it uses, what it computes, what it holds while it computes."""
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,7 +34,8 @@ class Counts:
         stored_bytes: Bytes of parameters and buffers (the norms' running statistics and counters) in float32.
         bfloat16_bytes: The same if every float among them took two bytes.
         int8_bytes: The same if every float took one; scales, which integers need as well, are not counted.
-        macs: Multiply-adds of convolutions and the linear layer for one image of the plan's input size.
+        macs: Multiply-adds of convolutions, linear layers and attention for one image of the network's input size; recurrent
+            layers are not counted.
         activation_peak_bytes: Most bytes of tensors beside the weights, the image included, that live at a time while
             PyTorch classifies one image in float32.
     """
@@ -50,6 +53,8 @@ class Counts:
         return asdict(self)
 
 
+# there, operators would come whole that are made of those with formulas
+@torch.inference_mode(False)
 def count(network: Classifier | Plan) -> Counts:
     """Count what a network stores, uses, computes and holds.
 
@@ -84,7 +89,7 @@ def count(network: Classifier | Plan) -> Counts:
         again = evaluated - sum(parameter.numel() for parameter in twin.owner.parameters())
     twin.eval()
     products = _MultiplyAdds()  # type: ignore[no-untyped-call]
-    with LiveTensors() as live, products, torch.no_grad():
+    with LiveTensors() as live, products, torch.no_grad(), _attention_in_parts():
         live.label("weights", (*twin.parameters(), *twin.buffers()))
         live.label("activations", [images])
         twin(images)
@@ -97,6 +102,17 @@ def count(network: Classifier | Plan) -> Counts:
         macs=products.total,
         activation_peak_bytes=live.peak()["activations"],
     )
+
+
+@contextlib.contextmanager
+def _attention_in_parts() -> Iterator[None]:
+    """Within this context PyTorch's attention is made of operators with formulas, in evaluation too."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _MultiplyAdds(TorchDispatchMode):  # type: ignore[no-untyped-call]

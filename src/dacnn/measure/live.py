@@ -21,8 +21,9 @@ Workspace = Callable[[Any, tuple[Any, ...], Any], int]
 
 
 def _normed(x: Tensor, weight: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    training = others[3]
-    statistics = (x if weight is None else weight).new_empty(x.shape[1] if training else 0)
+    _bias, running_mean, _running_variance, training = others[:4]
+    like = next(one for one in (weight, running_mean, x) if one is not None)
+    statistics = like.new_empty(x.shape[1] if training else 0)
     return torch.empty_like(x), statistics, torch.empty_like(statistics)
 
 

@@ -1,7 +1,7 @@
 """What a training takes in memory: predicted without running it, and measured.
 
 Both follow the library's own training loop through two steps (an optimiser's state comes with the first). For the
-prediction its tensors have no values, so it takes a fraction of a second and no memory; to what the tensors take is added
+prediction its tensors have no values, so it takes a second or two and no memory; to what the tensors take is added
 what the CPU's operators take beside them (`workspace.py`). The measurement is the allocator's own.
 """
 
@@ -33,6 +33,7 @@ from dacnn.networks.adapted import Adapted
 from dacnn.networks.classifier import Classifier, as_network
 from dacnn.networks.network import Network
 from dacnn.networks.plan import Plan
+from dacnn.sharing.parts import first_part_alone
 from dacnn.training.loop import Loop
 from dacnn.training.precision import Execution, best_device, choose
 
@@ -105,12 +106,12 @@ def predict_training_memory(
     device = torch.device(execution.device)
     hollow = _without_values(network)
     # a foreign module may hold tensors that are neither parameters nor buffers
-    with FakeTensorMode(allow_non_fake_inputs=True), live:
+    with FakeTensorMode(allow_non_fake_inputs=True), live, first_part_alone():
         _fill_in(hollow, device)
         # it is where it shall be, and a fake parameter cannot be moved in its place
         hollow.to = lambda *_: hollow  # type: ignore[method-assign]
         live.label("weights", (*hollow.parameters(), *hollow.buffers()))
-        for parameter in hollow.parameters():
+        for parameter in (one for one in hollow.parameters() if one.requires_grad):
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 lambda owner: live.label("gradients", _present(owner.grad))
             )
@@ -210,7 +211,11 @@ def _without_values(network: Network | Plan | Adapted) -> Classifier:
     if isinstance(network, Adapted):
         return copy.deepcopy(network).to("meta")
     with torch.device("meta"):
-        return Network(_plan_of(network))
+        hollow = Network(_plan_of(network))
+    if isinstance(network, Network):
+        for own, empty in zip(network.parameters(), hollow.parameters(), strict=True):
+            empty.requires_grad_(own.requires_grad)
+    return hollow
 
 
 def _settled(

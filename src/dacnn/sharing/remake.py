@@ -57,14 +57,16 @@ def _spread_to_largest(gradient: Tensor, x: Tensor, *, rectified: bool = False) 
     """
     result = torch.empty_like(x)
     # a few images at a time, so that the indices are never all there; a GPU would rather have one launch
-    step = -(-len(x) // _PARTS) if x.device.type == "cpu" else len(x)
-    for images in to_do([slice(begin, begin + step) for begin in range(0, len(x), step)], x):
+    step = max(1, -(-len(x) // _PARTS) if x.device.type == "cpu" else len(x))
+    for images in to_do([slice(begin, begin + step) for begin in range(0, len(x), step)]):
         part = x[images]
         _, indices = torch.ops.aten.max_pool2d_with_indices(part, [2, 2], [2, 2])
         spread = torch.ops.aten.max_pool2d_with_indices_backward(
             gradient[images], part, [2, 2], [2, 2], [0, 0], [1, 1], False, indices
         )
         result[images] = torch.ops.aten.threshold_backward(spread, part, 0) if rectified else spread
+        # or they would be there beside those of the next part
+        del indices, spread
     return result
 
 

@@ -224,7 +224,7 @@ def _tiles(pixels: int) -> int:
 def _parts(x: Tensor, kernel: Tensor) -> Sequence[slice]:
     """Images by as many as have tiles that stay in a cache of some megabytes."""
     step = max(1, _AT_ONCE // (_tiles(x.shape[2]) * _tiles(x.shape[3]) * max(kernel.shape[:2])))
-    return to_do([slice(begin, begin + step) for begin in range(0, len(x), step)], x)
+    return to_do([slice(begin, begin + step) for begin in range(0, len(x), step)])
 
 
 def _last_channels(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ once for all networks of a process: the sizes of images are arguments, and only 
 new variant.
 """
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 # PyTorch's own limit, behind which it computes step by step, is 8; two formats and sizes of 1 make more
 _MOST_VARIANTS = 64
+# one thread at a time changes PyTorch's settings and changes them back
+_settings = threading.Lock()
 
 
 @lru_cache
@@ -27,6 +30,8 @@ def is_available(device: torch.device) -> bool:
     image, term = torch.zeros(1, 2, 2, 2, device=device), torch.zeros(2, device=device)
     try:
         affine(image, term, term, torch.float32)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         # whatever is missing, PyTorch computes step by step
         return False
@@ -67,7 +72,7 @@ def _compiled(of: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def call(*arguments: Any) -> Tensor:
         # nor shall sizes that happen to be equal make a variant
-        with config.patch(recompile_limit=_MOST_VARIANTS), sizes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        with _settings, config.patch(recompile_limit=_MOST_VARIANTS), sizes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return compiled(*arguments)
 
     return call

@@ -92,8 +92,8 @@ class Steps:
 
     def describe(self) -> list[str]:
         """Lines: how many steps there are, packs of every kernel, what is evaluated when it is read."""
-        fused = sum(isinstance(task.step, Stored) for task in self._tasks)
-        lines = [f"{len(self._tasks)} steps, {fused} of them with scale, shift and ReLU done while values are stored"]
+        joined = sum(isinstance(task.step, Stored) for task in self._tasks)
+        lines = [f"{len(self._tasks)} steps, {joined} of them with scale, shift and ReLU done while values are stored"]
         if self._graphs and not self.held.fused:
             lines.append(
                 "scale, shift and ReLU are steps of their own, since nothing can be compiled for this GPU: that takes longer"
