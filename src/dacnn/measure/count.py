@@ -124,10 +124,6 @@ class _MultiplyAdds(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     total = 0
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -64,11 +64,6 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._events: list[tuple[int, int]] = []
         self._kinds: dict[int, str] = {}
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # to tell PyTorch's compiler not to look in here, PyTorch would import it at the first operator, which takes seconds
-        return False
-
     def label(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Say what some living tensors are, for all their life; those unknown so far are taken in.
 

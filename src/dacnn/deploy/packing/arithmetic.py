@@ -176,7 +176,6 @@ def _normalize(input: Input, held: Held) -> tuple[Call, list[Tensor]]:
 
 
 def _convolution(stored: Stored, step: Convolve, held: Held, tensors: Tensors) -> tuple[Call | Convolution, list[Tensor]]:
-    slide = onednn.slide_of(step)
     scale, shift = _factors(stored.affine, tensors)
     packed = held.packed.get(_name(step.kernel.tensor)) if isinstance(step.kernel, StoredKernel) else None
     if packed is None:
@@ -187,7 +186,9 @@ def _convolution(stored: Stored, step: Convolve, held: Held, tensors: Tensors) -
     elif shift is not None:
         bias = _rounded(shift, held.dtype)
 
-    return Convolution(packed, slide, factor, bias, stored.relu), [one for one in (factor, bias) if one is not None]
+    return Convolution(packed, onednn.slide_of(step), factor, bias, stored.relu), [
+        one for one in (factor, bias) if one is not None
+    ]
 
 
 def _plain_convolution(
